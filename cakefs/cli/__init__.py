@@ -1,0 +1,1 @@
+"""The command line: arguments -> one call of app or engine -> out. It translates and never decides."""

@@ -1,0 +1,42 @@
+"""What an exception means to whoever runs cakefs: an exit code, a line, and the next step."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from cakefs.errors import CakeError
+
+EXIT_BUG = 70  # EX_SOFTWARE
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class Failure(NamedTuple):
+    """`message` is empty where nobody needs one: the user pressed Ctrl-C, or closed the pipe."""
+
+    exit_code: int
+    message: str = ""
+    hint: str = ""
+
+
+def failure_of(error: BaseException) -> Failure:
+    causes = list(_leaves(error))
+    if any(isinstance(e, KeyboardInterrupt) for e in causes):
+        return Failure(EXIT_INTERRUPTED)
+    if any(isinstance(e, BrokenPipeError) for e in causes):
+        return Failure(EXIT_BROKEN_PIPE)
+    for cause in causes:
+        if not isinstance(cause, CakeError):
+            message = f"internal error: {type(cause).__name__}: {cause}"
+            return Failure(EXIT_BUG, message, "run it again with --debug and report what it prints")
+    first = causes[0]
+    assert isinstance(first, CakeError)
+    return Failure(first.exit_code, first.message, first.hint)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """The exceptions that a group of tasks failed with."""
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            yield from _leaves(member)
+    else:
+        yield error

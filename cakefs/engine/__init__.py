@@ -1,0 +1,1 @@
+"""Where disk and network meet: indexing, fetching, reading, and the long jobs."""

@@ -1,0 +1,74 @@
+"""Confirming an upstream file: once all its bytes are local, they must have the SHA-256 that was published.
+
+Until then trust is TLS + length + validator. A file that fails is *quarantined*: none of its spans counts as local
+any more, so they are fetched again; what another file proved stays.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterable
+
+from cakefs.engine.local import stream
+from cakefs.errors import CorruptData
+from cakefs.model import MIB, SpanKey
+from cakefs.store.store import Store
+
+log = logging.getLogger(__name__)
+
+_PREFIX = "sha256:"
+
+
+def tiling(spans: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:
+    """Spans that follow each other from 0 to `size` without gap; None when there is a gap.
+
+    Where spans overlap (a header and the whole file, say), the longer one that begins at the needed place is taken.
+    """
+    longest: dict[int, int] = {}
+    for start, stop in spans:
+        longest[start] = max(stop, longest.get(start, 0))
+    position, chosen = 0, []
+    while longest.get(position, position) > position:
+        chosen.append((position, longest[position]))
+        position = longest[position]
+    return chosen if position == size else None
+
+
+def confirm_source(store: Store, identity: str, size: int, *, again: bool = False) -> bool | None:
+    """Hashes a whole upstream file of `size` bytes from the store, if it is complete and was not confirmed before.
+
+    Args:
+        again: Hash it even if it was confirmed before.
+
+    Returns:
+        True or False for a file that was hashed; None when it is incomplete, has no published SHA-256, or needs none.
+    """
+    if not identity.startswith(_PREFIX):
+        return None
+    known = store.catalog.verified(identity)
+    if known is not None and known.ok and not again:
+        return None
+    pieces = tiling(store.catalog.spans(identity), size)
+    if pieces is None:
+        return None
+    ok = _sha256(store, [SpanKey(identity, *piece) for piece in pieces]) == identity.removeprefix(_PREFIX)
+    store.catalog.set_verified(identity, ok, int(time.time()))
+    if not ok:
+        log.error("%s: the bytes do not have the published SHA-256; they will be fetched again", identity)
+        for start, stop in store.catalog.spans(identity):
+            store.drop_span(SpanKey(identity, start, stop))
+    return ok
+
+
+def _sha256(store: Store, keys: list[SpanKey]) -> str:
+    """Empty when a span went away or is damaged meanwhile."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(4 * MIB))
+    for key in keys:
+        try:
+            for piece in stream(store, key, buffer):
+                digest.update(piece)
+        except CorruptData as error:
+            log.error("%s", error.message)
+            return ""
+    return digest.hexdigest()

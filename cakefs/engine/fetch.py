@@ -1,0 +1,346 @@
+"""Single-flight fetching of chunks: joins or starts flights, feeds them to the transfer processes, wakes who waits.
+
+A *flight* is one job on its way. Every chunk is in at most one; a flight outlives the readers that wait for it. Jobs
+that a reader waits for go first; readahead and pull use what is left, and always leave room for the next demand.
+"""
+
+import itertools
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from enum import IntEnum
+
+import trio
+
+from cakefs.engine.messages import (
+    Arrived,
+    Confirmed,
+    Done,
+    Failed,
+    FetchJob,
+    JobChunk,
+    Report,
+    Settings,
+    error_of,
+    job_chunks,
+)
+from cakefs.engine.workers import WorkerProcess
+from cakefs.errors import CakeError, RemoteUnavailable
+from cakefs.model import CHUNK, MIB, Manifest, SpanKey
+from cakefs.plan.requests import ChunkRef, range_requests
+
+log = logging.getLogger(__name__)
+
+DEMAND_RESERVE = 2  # Requests that readahead leaves free for the next reader.
+MAX_DEATHS = 3  # A job that outlives this many processes is held to be what kills them.
+UNKEPT_LIMIT = 64 * MIB  # Chunks held in memory because the store is full.
+READER_MARGIN_S = 5.0  # Beyond the budget of a job, for queueing.
+
+
+class Priority(IntEnum):
+    DEMAND = 0
+    AHEAD = 1
+
+
+class Pending:
+    """A chunk on its way."""
+
+    __slots__ = ("error", "event", "flight", "size")
+
+    def __init__(self, flight: "Flight", size: int) -> None:
+        self.flight = flight
+        self.size = size
+        self.event: trio.Event | None = None
+        self.error: CakeError | None = None
+
+    async def wait(self) -> None:
+        """Raises what the flight failed with."""
+        if self.event is None:
+            self.event = trio.Event()
+        await self.event.wait()
+        if self.error is not None:
+            raise type(self.error)(self.error.message, hint=self.error.hint)
+
+
+class Flight:
+    """A job and what of it has not arrived yet."""
+
+    __slots__ = ("chunks", "deaths", "job", "left", "priority", "queued")
+
+    def __init__(self, job: FetchJob, priority: Priority) -> None:
+        self.job = job
+        self.chunks: list[JobChunk] = job_chunks(job)
+        self.left = set(range(len(self.chunks)))
+        self.priority = priority
+        self.queued = True
+        self.deaths = 0
+
+
+class Counters:
+    """What `status` shows of the network; only ever grows."""
+
+    def __init__(self) -> None:
+        self.bytes_fetched = 0
+        self.flights = 0
+        self.failures = 0
+        self.worker_deaths = 0
+        self.confirmed = 0
+        self.refuted = 0
+
+
+class Fetcher:
+    """Owns the transfer processes and all flights. One per process; lives in one nursery (`run`).
+
+    Args:
+        settings: For the transfer processes.
+        workers: How many of them.
+        offline: Refuse instead of asking the network.
+    """
+
+    def __init__(self, settings: Settings, workers: int, *, offline: bool) -> None:
+        self._settings = settings
+        self._offline = offline
+        self._workers = [WorkerProcess(settings, self._on_report, self._on_death) for _ in range(workers)]
+        self._flights: dict[int, Flight] = {}
+        self._pending: dict[tuple[SpanKey, int], Pending] = {}
+        self._queues: tuple[deque[Flight], deque[Flight]] = (deque(), deque())
+        self._running_ahead = 0
+        self._ids = itertools.count(1)
+        self._unkept: OrderedDict[tuple[SpanKey, int], bytes] = OrderedDict()
+        self._room = trio.Condition()
+        self._idle: dict[WorkerProcess, trio.Event] = {}
+        self._nursery: trio.Nursery | None = None
+        self.counters = Counters()
+        self.refuted: list[str] = []  # identities whose bytes failed their SHA-256, for the reader's pool to drop
+
+    # -- life ------------------------------------------------------------------------------------------------------
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Holds the transfer processes; they start with the first job or `start`, and end when this is cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            task_status.started()
+            await trio.sleep_forever()
+
+    def start(self) -> None:
+        """Starts the transfer processes now rather than with the first job (0.5 s of imports)."""
+        if self._nursery is None or self._idle or self._offline:
+            return
+        for worker in self._workers:
+            self._idle[worker] = trio.Event()
+            self._nursery.start_soon(worker.supervise)
+
+    # -- wanting ---------------------------------------------------------------------------------------------------
+
+    def want(self, manifest: Manifest, refs: Iterable[ChunkRef], priority: Priority) -> list[Pending]:
+        """Joins the flights of chunks that are on their way and starts flights for the others.
+
+        Raises:
+            RemoteUnavailable: Offline.
+        """
+        pendings, new = [], []
+        for ref in refs:
+            pending = self._pending.get((manifest.key(ref.span), ref.chunk))
+            if pending is None:
+                new.append(ref)
+                continue
+            if priority < pending.flight.priority:
+                self._promote(pending.flight)
+            pendings.append(pending)
+        if new:
+            if self._offline:
+                source = manifest.sources[manifest.spans[new[0].span].source]
+                raise RemoteUnavailable(f"{source.path} of {manifest.name} is not all local, and cakefs is offline")
+            pendings += self._depart(manifest, new, priority)
+        return pendings
+
+    def want_ahead(self, manifest: Manifest, refs: Sequence[ChunkRef]) -> None:
+        """Asks for what nobody waits for yet; nothing happens offline."""
+        if not self._offline:
+            self.want(manifest, refs, Priority.AHEAD)
+
+    async def wait(self, manifest: Manifest, pendings: Sequence[Pending]) -> None:
+        """Waits until the chunks have arrived.
+
+        Raises:
+            CakeError: The first failure among their flights; RemoteUnavailable when they take too long.
+        """
+        budget = self._settings.read_timeout_s + READER_MARGIN_S
+        try:
+            with trio.fail_after(budget):
+                for pending in pendings:
+                    await pending.wait()
+        except trio.TooSlowError:
+            raise RemoteUnavailable(f"bytes of {manifest.name} did not come within {budget:.0f} s") from None
+
+    async def wait_for_room(self, ahead: int) -> None:
+        """Waits until at most `ahead` flights are queued behind the running ones."""
+        async with self._room:
+            while len(self._queues[Priority.AHEAD]) > ahead:
+                await self._room.wait()
+
+    async def flush(self) -> None:
+        """Waits until everything that arrived is sealed and complete files are confirmed."""
+        for worker, idle in list(self._idle.items()):
+            if worker.pid is not None:
+                worker.flush()
+                await idle.wait()
+
+    def pids(self) -> list[int]:
+        """Of the transfer processes that run now."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    def unkept(self, key: SpanKey, chunk: int) -> bytes | None:
+        """A chunk that came but found no room in the store."""
+        return self._unkept.get((key, chunk))
+
+    @property
+    def has_unkept(self) -> bool:
+        return bool(self._unkept)
+
+    @property
+    def on_their_way(self) -> int:
+        return len(self._pending)
+
+    def _depart(self, manifest: Manifest, refs: list[ChunkRef], priority: Priority) -> list[Pending]:
+        pendings = []
+        for source, start, stop, spans in range_requests(manifest, refs):
+            upstream = manifest.sources[source]
+            job = FetchJob(next(self._ids), upstream.locator, upstream.identity, start, stop, spans)
+            flight = Flight(job, priority)
+            self._flights[job.id] = flight
+            self._queues[priority].append(flight)
+            for chunk in flight.chunks:
+                pending = Pending(flight, chunk.stop - chunk.start)
+                self._pending[chunk.key, chunk.chunk] = pending
+                pendings.append(pending)
+        self._dispatch()
+        return pendings
+
+    # -- dispatch --------------------------------------------------------------------------------------------------
+
+    def _promote(self, flight: Flight) -> None:
+        """A reader waits for what was only readahead."""
+        if flight.queued:
+            self._queues[flight.priority].remove(flight)
+            self._queues[Priority.DEMAND].append(flight)
+        else:
+            self._running_ahead -= 1
+        flight.priority = Priority.DEMAND
+        self._dispatch()
+
+    def _dispatch(self) -> None:
+        """Gives queued flights to the least busy processes, while there is room."""
+        self.start()
+        slots = self._settings.connections * len(self._workers)
+        while True:
+            worker = min(self._workers, key=lambda w: len(w.jobs))
+            if len(worker.jobs) >= self._settings.connections:
+                return
+            flight = self._next(max(1, slots - DEMAND_RESERVE))
+            if flight is None:
+                return
+            flight.queued = False
+            self.counters.flights += 1
+            worker.submit(flight.job)
+
+    def _next(self, ahead_slots: int) -> Flight | None:
+        demand, ahead = self._queues
+        if demand:
+            return demand.popleft()
+        if ahead and self._running_ahead < ahead_slots:
+            self._running_ahead += 1
+            return ahead.popleft()
+        return None
+
+    # -- reports ---------------------------------------------------------------------------------------------------
+
+    def _on_report(self, worker: WorkerProcess, report: Report) -> None:
+        if isinstance(report, Arrived):
+            self._arrived(report)
+        elif isinstance(report, Done):
+            self._landed(worker, report.job, None)
+        elif isinstance(report, Failed):
+            self._landed(worker, report.job, error_of(report))
+        elif isinstance(report, Confirmed):
+            self._confirmed(report)
+        else:
+            self._idle[worker].set()
+            self._idle[worker] = trio.Event()
+
+    def _arrived(self, report: Arrived) -> None:
+        flight = self._flights.get(report.job)
+        if flight is None or report.index not in flight.left:
+            return
+        flight.left.discard(report.index)
+        chunk = flight.chunks[report.index]
+        self.counters.bytes_fetched += chunk.stop - chunk.start
+        if report.data is not None:
+            self._hold(chunk, report.data)
+        self._settle(chunk, None)
+
+    def _hold(self, chunk: JobChunk, data: bytes) -> None:
+        """The store is full: readers are served from memory, which is said once."""
+        if not self._unkept:
+            log.warning("the store is full: what does not fit is fetched, served and not kept")
+        self._unkept[chunk.key, chunk.chunk] = data
+        while len(self._unkept) * CHUNK > UNKEPT_LIMIT:
+            self._unkept.popitem(last=False)
+
+    def _landed(self, worker: WorkerProcess, job: int, error: CakeError | None) -> None:
+        worker.jobs.pop(job, None)
+        flight = self._flights.pop(job, None)
+        if flight is not None:
+            self._finish(flight, error)
+        self._dispatch()
+        if self._nursery is not None:
+            self._nursery.start_soon(self._tell_room)
+
+    async def _tell_room(self) -> None:
+        async with self._room:
+            self._room.notify_all()
+
+    def _finish(self, flight: Flight, error: CakeError | None) -> None:
+        if flight.priority is Priority.AHEAD and not flight.queued:
+            self._running_ahead -= 1
+        if error is None and flight.left:
+            error = RemoteUnavailable(f"{flight.job.locator.url} ended before all of it came")
+        if error is not None:
+            self.counters.failures += 1
+            log.warning("bytes %d-%d of %s: %s", flight.job.start, flight.job.stop, flight.job.locator.url, error)
+        for index in flight.left:
+            self._settle(flight.chunks[index], error)
+
+    def _settle(self, chunk: JobChunk, error: CakeError | None) -> None:
+        pending = self._pending.pop((chunk.key, chunk.chunk), None)
+        if pending is None:
+            return
+        pending.error = error
+        if pending.event is None:
+            pending.event = trio.Event()
+        pending.event.set()
+
+    def _confirmed(self, report: Confirmed) -> None:
+        if report.ok:
+            self.counters.confirmed += 1
+        else:
+            self.counters.refuted += 1
+            self.refuted.append(report.identity)
+
+    def _on_death(self, worker: WorkerProcess, lost: list[FetchJob]) -> None:
+        """The jobs of a process that died go to another; what it wrote is in the store already."""
+        self.counters.worker_deaths += 1
+        self._idle[worker].set()
+        self._idle[worker] = trio.Event()
+        for job in lost:
+            flight = self._flights[job.id]
+            flight.deaths += 1
+            if flight.priority is Priority.AHEAD:
+                self._running_ahead -= 1
+            flight.queued = True
+            if flight.deaths >= MAX_DEATHS:
+                del self._flights[job.id]
+                self._finish(flight, RemoteUnavailable(f"transfers of {job.locator.url} ended {MAX_DEATHS} processes"))
+            else:
+                self._queues[flight.priority].appendleft(flight)
+        self._dispatch()

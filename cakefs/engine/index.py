@@ -1,0 +1,220 @@
+"""Adding a model: listing -> headers and small files -> manifest. Reads kilobytes, whatever the model weighs.
+
+    source text ─► listing (remotes) ─► indexes, headers, small files ─► plan/compose: manifest ─► catalog
+
+Headers and small files are spans like any other: what another model brought is not fetched again.
+"""
+
+import hashlib
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import trio
+
+from cakefs.engine.local import stream
+from cakefs.engine.tasks import open_flat_nursery
+from cakefs.errors import CorruptData, InvalidFormat, UserError
+from cakefs.formats import safetensors, sharded
+from cakefs.model import (
+    MIB,
+    SMALL_FILE_LIMIT,
+    ByteRange,
+    Extent,
+    Listing,
+    Literal,
+    Locator,
+    Manifest,
+    Published,
+    SpanKey,
+    View,
+)
+from cakefs.plan.compose import build_manifest
+from cakefs.plan.present import is_safetensors, wanted_indexes
+from cakefs.remotes.base import Remote, read
+from cakefs.store.store import Store
+
+GUESS_BUDGET = 64 * 1024  # Bytes fetched in the hope that they hold the header, over all files of a model.
+GUESS_LIMIT = 32 * 1024
+AT_ONCE = 16  # Requests for headers and small files on their way together.
+
+
+class Added(NamedTuple):
+    """What `add` did.
+
+    Attributes:
+        changed: False when the name stood for the very same manifest before.
+        fetched: Bytes that came over the network for it.
+        total: Bytes of the model directory's files; `local` of them are in the store, `shared` by other models' doing.
+    """
+
+    manifest: Manifest
+    manifest_id: str
+    changed: bool
+    fetched: int
+    total: int
+    local: int
+
+
+class Indexer:
+    """Turns listings into manifests in the store.
+
+    Args:
+        remote: Already bounded in retries and concurrency.
+    """
+
+    def __init__(self, store: Store, remote: Remote) -> None:
+        self._store = store
+        self._remote = remote
+        self._fetched = 0
+        self._limit = trio.CapacityLimiter(AT_ONCE)
+
+    async def add(self, listing: Listing, name: str) -> Added:
+        """Stores what is needed to show the model, then its name; a failure leaves no name behind.
+
+        Raises:
+            CakeError: InvalidFormat for a header or index that breaks its format, and whatever the remote raises.
+        """
+        self._fetched = 0
+        indexes = set(wanted_indexes([p.path for p in listing.files]))
+        tensors = [p for p in listing.files if is_safetensors(p.path)]
+        whole = [p for p in listing.files if not is_safetensors(p.path) and _is_wanted_whole(p, indexes)]
+        bodies: dict[str, bytes] = {}
+        headers: dict[str, safetensors.Header] = {}
+        guess = min(GUESS_LIMIT, GUESS_BUDGET // max(1, len(tensors)))
+
+        async def fetch_whole(published: Published) -> None:
+            bodies[published.path] = await self._whole(published)
+
+        async def fetch_header(published: Published) -> None:
+            headers[published.path] = await self._header(published, guess)
+
+        await _each(fetch_whole, whole)
+        parsed = {path: sharded.parse_index(bodies[path], path) for path in indexes}
+        await _each(fetch_header, tensors)
+        manifest = build_manifest(name, listing, headers, parsed, int(time.time()), self._store.put_literal)
+        return self._put(manifest)
+
+    def _put(self, manifest: Manifest) -> Added:
+        before = self._store.catalog.models().get(manifest.name)
+        changed = True
+        if before is not None:
+            old = self._store.catalog.manifest(before.manifest)
+            if same_model(old, manifest):
+                manifest, changed = old, False
+        manifest_id = before.manifest if before and not changed else self._store.catalog.put_model(manifest)
+        total, local = local_share(self._store, manifest)
+        return Added(manifest, manifest_id, changed, self._fetched, total, local)
+
+    async def _whole(self, published: Published) -> bytes:
+        """A small file, checked against its published hash where there is one."""
+        key = SpanKey(published.identity, 0, published.size)
+        if published.size == 0:
+            return b""
+        known = self._known(key)
+        if known is not None:
+            return known
+        data = await self._fetch(published, 0, published.size)
+        check_published(published, data)
+        self._store.put_span(key, data)
+        return data
+
+    async def _header(self, published: Published, guess: int) -> safetensors.Header:
+        """The header of a safetensors file, in one request when the guess is large enough, else in two."""
+        known = self._known_header(published)
+        if known is not None:
+            return known
+        if published.size < 8:
+            raise InvalidFormat(f"{published.path}: {published.size} bytes is too short for safetensors")
+        data = await self._fetch(published, 0, min(max(guess, 8), published.size))
+        size = safetensors.header_size(data[:8], published.path)
+        if size > published.size:
+            raise InvalidFormat(f"{published.path}: header of {size} bytes in a file of {published.size}")
+        if size > len(data):
+            data += await self._fetch(published, len(data), size)
+        header = safetensors.parse_header(data[:size], published.size, published.path)
+        self._store.put_span(SpanKey(published.identity, 0, size), data[:size])
+        return header
+
+    def _known_header(self, published: Published) -> safetensors.Header | None:
+        """The header of the same file in another model."""
+        for start, stop in self._store.catalog.spans(published.identity):
+            if start == 0 and (data := self._known(SpanKey(published.identity, 0, stop), safetensors.HEADER_LIMIT)):
+                try:
+                    return safetensors.parse_header(data, published.size, published.path)
+                except InvalidFormat:
+                    continue
+        return None
+
+    def _known(self, key: SpanKey, limit: int = 64 * MIB) -> bytes | None:
+        if key.size > limit or not self._store.has(key):
+            return None
+        try:
+            return b"".join(bytes(piece) for piece in stream(self._store, key, memoryview(bytearray(MIB))))
+        except CorruptData:
+            self._store.drop_span(key)
+            return None
+
+    async def _fetch(self, published: Published, start: int, stop: int) -> bytes:
+        locator = Locator(published.url, published.size, published.validator)
+        async with self._limit:
+            data = await read(self._remote, locator, ByteRange(start, stop))
+        self._fetched += len(data)
+        return data
+
+
+async def _each(function: Callable[[Published], Awaitable[None]], items: Iterable[Published]) -> None:
+    """Runs an async function over all items together."""
+    async with open_flat_nursery() as nursery:
+        for item in items:
+            nursery.start_soon(function, item)
+
+
+def _is_wanted_whole(published: Published, indexes: set[str]) -> bool:
+    if published.path in indexes and published.size > sharded.INDEX_LIMIT:
+        raise InvalidFormat(f"{published.path}: an index of {published.size} bytes")
+    return published.size <= SMALL_FILE_LIMIT or published.path in indexes
+
+
+def check_published(published: Published, data: bytes) -> None:
+    """Raises CorruptData where whole-file bytes do not have the hash that the listing names them by."""
+    algorithm, _, expected = published.identity.partition(":")
+    if algorithm == "git":
+        actual = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    elif published.sha256:
+        expected, actual = published.sha256, hashlib.sha256(data).hexdigest()
+    else:
+        return
+    if actual != expected:
+        raise CorruptData(f"{published.path}: the bytes that came do not have the published hash", hint="try again")
+
+
+def same_model(a: Manifest, b: Manifest) -> bool:
+    """Whether two manifests show the same content at the same revision; only the day of adding may differ."""
+    return (a.origin, a.revision, a.sources, a.spans, a.files) == (b.origin, b.revision, b.sources, b.spans, b.files)
+
+
+def local_share(store: Store, manifest: Manifest) -> tuple[int, int]:
+    """Bytes of the model directory's files, and how many of them are local; a repeated span counts each time shown."""
+    segments = [s for file in manifest.shown(View.MODEL).values() for s in file.segments]
+    keys = {s.span: manifest.key(s.span) for s in segments if isinstance(s, Extent) and s.size}
+    sealed = store.catalog.recorded(keys.values())
+    local = sum(s.size for s in segments if isinstance(s, Literal) or (s.size and keys[s.span] in sealed))
+    local += store.local_bytes(set(keys.values()) - sealed)
+    return sum(s.size for s in segments), local
+
+
+def model_name(source: str, revision: str | None, chosen: str | None) -> str:
+    """What a source is shown as: `--as`, else org/name with @rev when a revision was asked for."""
+    name = chosen or (f"{source}@{revision}" if revision else source)
+    parts = name.split("/")
+    if any(p in ("", ".", "..") or p.startswith(".") or "\0" in p or len(p.encode()) > 200 for p in parts):
+        raise UserError(f"bad model name {name!r}", hint="use org/name or a plain word, without a leading dot")
+    return name
+
+
+def chosen_files(manifest: Manifest, patterns: Sequence[str]) -> list[str]:
+    """Paths of the model directory that match any of the globs; all without a glob."""
+    paths = list(manifest.shown(View.MODEL))
+    return [p for p in paths if not patterns or any(fnmatchcase(p, pattern) for pattern in patterns)]

@@ -1,0 +1,170 @@
+"""The long jobs: pull, verify, gc. Each plans over the catalog, then acts, and reports progress to a callback."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from cakefs.engine.confirm import confirm_source
+from cakefs.engine.fetch import Fetcher, Pending, Priority
+from cakefs.engine.local import stream
+from cakefs.engine.tasks import open_flat_nursery
+from cakefs.errors import CorruptData, NotFound
+from cakefs.model import CHUNK, MIB, Extent, File, Literal, Manifest, SpanKey
+from cakefs.plan.collect import GcPlan, plan_gc
+from cakefs.plan.requests import ChunkRef, span_chunks
+from cakefs.store.store import LITERAL, Store
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes done since the last call."""
+
+BATCH_BYTES = 64 * MIB  # Asked for at once by pull: enough to coalesce, little enough that the progress bar moves.
+BATCH_CHUNKS = 4096  # The same for many small tensors.
+QUEUED = 8  # Flights queued behind the running ones, so that no connection waits for the planner.
+
+
+class Repair(NamedTuple):
+    """What verify found: `bad` names what did not hold, one line each; the rest counts."""
+
+    spans: int
+    bytes: int
+    confirmed: int
+    incomplete: int
+    bad: list[str]
+
+
+def file_spans(manifest: Manifest, files: Iterable[File]) -> list[int]:
+    """The spans that the files consist of, each once, in the order of their bytes upstream."""
+    spans = {s.span for f in files for s in f.segments if isinstance(s, Extent) and s.size}
+    return sorted(spans, key=lambda i: (manifest.spans[i].source, manifest.spans[i].start))
+
+
+def missing_chunks(store: Store, manifest: Manifest, span: int) -> list[ChunkRef]:
+    """What of a span is not in the store yet."""
+    key = manifest.key(span)
+    if store.has(key):
+        return []
+    content = store.content(key)
+    if content is None:
+        return list(span_chunks(span, 0, key.size))
+    return [ChunkRef(span, chunk) for chunk in content.missing(0, key.size)]
+
+
+async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequence[File], progress: Progress) -> int:
+    """Fetches what is missing of the files, seals it and confirms the upstream files that became complete.
+
+    Returns:
+        Bytes that were missing at the start.
+    """
+    fetched = 0
+    batch: list[ChunkRef] = []
+    batch_bytes = 0
+
+    async def follow(pendings: list[Pending]) -> None:
+        for pending in pendings:
+            await pending.wait()
+            progress(pending.size)
+
+    async with open_flat_nursery() as nursery:
+        for span in file_spans(manifest, files):
+            missing = missing_chunks(store, manifest, span)
+            size = sum(chunk_size(manifest, ref) for ref in missing)
+            progress(manifest.spans[span].size - size)
+            fetched += size
+            batch_bytes += size
+            batch += missing
+            if batch_bytes >= BATCH_BYTES or len(batch) >= BATCH_CHUNKS:
+                nursery.start_soon(follow, fetcher.want(manifest, batch, Priority.AHEAD))
+                batch, batch_bytes = [], 0
+                await fetcher.wait_for_room(QUEUED)
+        if batch:
+            nursery.start_soon(follow, fetcher.want(manifest, batch, Priority.AHEAD))
+    await fetcher.flush()
+    return fetched
+
+
+def chunk_size(manifest: Manifest, ref: ChunkRef) -> int:
+    return min(CHUNK, manifest.spans[ref.span].size - ref.chunk * CHUNK)
+
+
+def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool) -> Repair:
+    """Reads every stored byte of a model again and confirms every complete upstream file. Runs in a thread.
+
+    Args:
+        repair: Forget what does not hold, so that it counts as missing.
+    """
+    bad: list[str] = []
+    buffer = memoryview(bytearray(4 * MIB))
+    spans = read = 0
+    for span in range(len(manifest.spans)):
+        key = manifest.key(span)
+        if not key.size or not store.has(key):
+            continue
+        spans += 1
+        try:
+            for piece in stream(store, key, buffer):
+                read += len(piece)
+                progress(len(piece))
+        except CorruptData as error:
+            bad.append(f"{_label(manifest, span)}: {error.message}")
+            if repair:
+                store.drop_span(key)
+    bad += _bad_literals(store, manifest)
+    confirmed = incomplete = 0
+    for source in manifest.sources:
+        ok = confirm_source(store, source.identity, source.locator.size, again=True)
+        confirmed += ok is True
+        incomplete += ok is None and bool(source.sha256)
+        if ok is False:
+            bad.append(f"{source.path}: does not have the published SHA-256; it will be fetched again")
+    return Repair(spans, read, confirmed, incomplete, bad)
+
+
+def _label(manifest: Manifest, span: int) -> str:
+    source = manifest.sources[manifest.spans[span].source]
+    name = next((t.name for t in manifest.tensors if t.span == span), "")
+    return f"{name} in {source.path}" if name else source.path
+
+
+def _bad_literals(store: Store, manifest: Manifest) -> list[str]:
+    bad = []
+    for file in manifest.files:
+        for segment in file.segments:
+            if isinstance(segment, Literal):
+                try:
+                    store.literal(segment.blob)
+                except (CorruptData, NotFound) as error:
+                    bad.append(f"header of {file.path}: {error.message}")
+    return bad
+
+
+def gc_plan(store: Store) -> GcPlan:
+    """What nothing alive refers to. Names and the manifests that live mounts hold are alive."""
+    catalog = store.catalog
+    stored = catalog.manifest_ids()
+    alive = {record.manifest for record in catalog.models().values()} | (store.leased() & stored)
+    spans: set[SpanKey] = set()
+    literals: set[str] = set()
+    for manifest_id in alive:
+        manifest = catalog.manifest(manifest_id)
+        spans.update(manifest.key(i) for i, span in enumerate(manifest.spans) if span.size)
+        literals.update(s.blob for f in manifest.files for s in f.segments if isinstance(s, Literal))
+    listing = catalog.listing()
+    spans.update(key for key, digest in listing if key.identity.startswith(LITERAL) and digest in literals)
+    blobs = {digest: size for digest, size, _ in catalog.blobs()}
+    return plan_gc(stored, alive, spans, listing, blobs, dict(store.partials()))
+
+
+def collect(store: Store) -> GcPlan:
+    """Plans and carries the plan out, while no model is being added. Runs in a thread.
+
+    Returns:
+        The plan, as carried out.
+    """
+    with store.guard(exclusive=True):
+        plan = gc_plan(store)
+        store.catalog.drop_manifests(plan.manifests)
+        store.catalog.forget_spans(plan.spans)
+        store.delete_blobs(list(plan.blobs))
+        for key in plan.partials:
+            store.drop_partial(key)
+        store.sweep()
+        return plan

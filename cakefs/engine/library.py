@@ -1,0 +1,114 @@
+"""The models of a store as the mount sees them: names, manifests, open files, counters."""
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from cakefs.engine.read import FileReader, OpenFile, Reading
+from cakefs.model import Extent, File, Literal, Manifest, Source
+from cakefs.store.lease import Lease
+from cakefs.store.store import Store
+
+OPEN_FILES = 64  # Prepared files kept after their last handle: disk offload opens one 480 times per forward pass.
+MANIFESTS = 64  # Decoded manifests kept: 35 MB for 90,000 tensors, a few KB for most.
+
+
+class Library:
+    """Answers everything that the mount asks without waiting for the network."""
+
+    def __init__(self, store: Store, reading: Reading) -> None:
+        self._store = store
+        self._reading = reading
+        self._manifests: OrderedDict[str, Manifest] = OrderedDict()
+        self._files: OrderedDict[tuple[str, str, str], OpenFile] = OrderedDict()
+        self._lease: Lease = store.lease()
+        self._held: set[str] = set()
+        self._started = time.time()
+
+    def generation(self) -> int:
+        return self._store.catalog.generation()
+
+    def names(self) -> dict[str, str]:
+        return {name: record.manifest for name, record in self._store.catalog.models().items()}
+
+    def manifest(self, manifest_id: str) -> Manifest:
+        manifest = self._manifests.get(manifest_id)
+        if manifest is None:
+            self._hold(manifest_id)
+            manifest = self._store.catalog.manifest(manifest_id)
+            self._manifests[manifest_id] = manifest
+            if len(self._manifests) > MANIFESTS:
+                self._manifests.popitem(last=False)
+        else:
+            self._manifests.move_to_end(manifest_id)
+        return manifest
+
+    def open(self, manifest_id: str, file: File) -> FileReader:
+        key = (manifest_id, file.path, file.view)
+        opened = self._files.get(key)
+        if opened is None:
+            literals = [self._store.literal(s.blob) for s in file.segments if isinstance(s, Literal) and s.size]
+            opened = self._files[key] = OpenFile(self.manifest(manifest_id), file, literals)
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        else:
+            self._files.move_to_end(key)
+        return FileReader(self._reading, opened)
+
+    def status(self) -> Mapping[str, object]:
+        reads, net = self._reading.counters, self._reading.fetcher.counters
+        return {
+            "pid": os.getpid(),
+            "uptime_s": round(time.time() - self._started, 1),
+            "store": str(self._store.path),
+            "models": len(self._store.catalog.models()),
+            "reads": reads.reads,
+            "bytes_served": reads.bytes_served,
+            "reads_without_waiting": reads.hits,
+            "reads_waited": reads.waits,
+            "read_errors": reads.errors,
+            "bytes_fetched": net.bytes_fetched,
+            "requests": net.flights,
+            "requests_failed": net.failures,
+            "chunks_on_their_way": self._reading.fetcher.on_their_way,
+            "worker_deaths": net.worker_deaths,
+            "files_confirmed": net.confirmed,
+            "files_refuted": net.refuted,
+        }
+
+    def xattrs(self, manifest_id: str, file: File | None) -> dict[str, bytes]:
+        manifest = self.manifest(manifest_id)
+        shown = {"model": manifest.name, "origin": manifest.origin, "revision": manifest.revision}
+        if file is not None:
+            shown |= self._about(manifest, file)
+        return {name: value.encode() for name, value in shown.items() if value}
+
+    def statvfs(self) -> os.statvfs_result:
+        return os.statvfs(self._store.path)
+
+    def close(self) -> None:
+        self._lease.close()
+
+    def _hold(self, manifest_id: str) -> None:
+        """What the kernel was told of stays readable: no other process collects it while we live."""
+        if manifest_id not in self._held:
+            self._lease.hold(manifest_id)
+            self._held.add(manifest_id)
+
+    def _about(self, manifest: Manifest, file: File) -> dict[str, str]:
+        spans = {s.span for s in file.segments if isinstance(s, Extent) and s.size}
+        sources = {manifest.spans[span].source for span in spans}
+        local = self._store.local_bytes(manifest.key(span) for span in spans)
+        literal = sum(s.size for s in file.segments if isinstance(s, Literal))
+        about = {"size": str(file.size), "local_bytes": str(local + literal)}
+        if sources:
+            about["verified"] = "yes" if all(self._confirmed(manifest.sources[s]) for s in sources) else "no"
+        if len(sources) == 1:
+            source = manifest.sources[next(iter(sources))]
+            about |= {"source": source.locator.url, "digest": source.identity if not literal else ""}
+        return about
+
+    def _confirmed(self, source: Source) -> bool:
+        known = self._store.catalog.verified(source.identity)
+        return known is not None and known.ok

@@ -1,0 +1,76 @@
+"""What is local, opened: a bounded pool of the store's contents, and reading one of them from end to end."""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from cakefs.errors import CorruptData
+from cakefs.model import SpanKey
+from cakefs.store.content import Content, Outcome
+from cakefs.store.store import Store
+
+
+class ContentPool:
+    """Open contents by span, least recently used dropped first, so that file descriptors stay bounded.
+
+    What has been checked at its first touch is remembered by the open content, and checked again after it was
+    dropped. Dropping closes by reference count, not by call: a thread may still be reading from it.
+    """
+
+    def __init__(self, store: Store, limit: int) -> None:
+        self._store = store
+        self._limit = limit
+        self._open: OrderedDict[SpanKey, Content] = OrderedDict()
+
+    def get(self, key: SpanKey) -> Content | None:
+        """The content of a span, opened if anything of it is in the store."""
+        content = self._open.get(key)
+        if content is not None:
+            self._open.move_to_end(key)
+            return content
+        content = self._store.content(key)
+        if content is not None:
+            self._open[key] = content
+            if len(self._open) > self._limit:
+                self._open.popitem(last=False)
+        return content
+
+    def discard(self, key: SpanKey) -> None:
+        """Drops a content that may be out of date; the next `get` looks at the store again."""
+        self._open.pop(key, None)
+
+    def is_sealed(self, key: SpanKey) -> bool:
+        """Whether all of a span is local, asked without opening it."""
+        content = self._open.get(key)
+        return content.complete if content is not None else self._store.has(key)
+
+    def discard_source(self, identity: str) -> None:
+        for key in [k for k in self._open if k.identity == identity]:
+            self.discard(key)
+
+    def close(self) -> None:
+        self._open.clear()
+
+
+def stream(store: Store, key: SpanKey, buffer: memoryview) -> Iterator[memoryview]:
+    """The bytes of a complete span through `buffer`, each chunk checked on the way.
+
+    Raises:
+        CorruptData: A chunk is missing or does not match its sum.
+    """
+    content = store.content(key)
+    if content is None and key.size:
+        raise CorruptData(f"{_words(key)} is not in the store")
+    if content is None:
+        return
+    try:
+        for offset in range(0, key.size, len(buffer)):
+            piece = buffer[: min(len(buffer), key.size - offset)]
+            if content.read_into(piece, offset, wait=True) is not Outcome.DONE:
+                raise CorruptData(f"{_words(key)} no longer matches its digest", hint="cakefs verify --repair")
+            yield piece
+    finally:
+        content.close()
+
+
+def _words(key: SpanKey) -> str:
+    return f"bytes {key.start}-{key.stop} of {key.identity}"

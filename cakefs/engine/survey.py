@@ -1,0 +1,228 @@
+"""What is in a store: models, their files, tensors and sources, how much of them is local and shared. Reads, never waits.
+
+Imports nothing of the network, so that `cakefs ls` is quick. Over many models everything is read by few scans: one of the
+catalog's spans, one of the partials, one of the manifests.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from cakefs.errors import UserError
+from cakefs.model import Extent, File, Manifest, Source, SpanKey, View
+from cakefs.store.store import Store
+
+
+class ModelSummary(NamedTuple):
+    """Attributes:
+    added: Unix seconds.
+    size: Bytes of the files in the model's directory; `local_bytes` of them are in the store.
+    shared_bytes: The part of `local_bytes` whose blobs other models refer to as well.
+    complete: Everything is local.
+    verified: And every upstream file with a published SHA-256 was found to have it; there is at least one.
+    """
+
+    name: str
+    origin: str
+    revision: str
+    added: int
+    size: int
+    local_bytes: int
+    shared_bytes: int
+    complete: bool
+    verified: bool
+
+
+class FileSummary(NamedTuple):
+    """A file shown; `view` says where."""
+
+    path: str
+    view: str
+    size: int
+    local_bytes: int
+
+
+class SourceSummary(NamedTuple):
+    """An upstream file; `verified` is None while its SHA-256 was not computed here."""
+
+    path: str
+    url: str
+    identity: str
+    size: int
+    sha256: str
+    verified: bool | None
+
+
+class TensorSummary(NamedTuple):
+    """A tensor; `digest` is that of its blob, empty unless all of it is local."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    local_bytes: int
+    digest: str
+
+
+class StoreSummary(NamedTuple):
+    models: int
+    blobs: int
+    blob_bytes: int
+    partial_bytes: int
+
+
+class Local:
+    """What of which span is in the store, as of when this was made.
+
+    Args:
+        digests: Of the blobs of the complete ones.
+    """
+
+    def __init__(self, store: Store, digests: Mapping[SpanKey, str]) -> None:
+        self.digests = digests
+        self._partial = {key: store.local_bytes([key]) for key, _ in store.partials() if key not in digests}
+
+    @classmethod
+    def of_all(cls, store: Store) -> "Local":
+        return cls(store, dict(store.catalog.listing()))
+
+    @classmethod
+    def of_model(cls, store: Store, manifest: Manifest) -> "Local":
+        identities = {source.identity for source in manifest.sources}
+        return cls(store, {SpanKey(i, *span): d for i in identities for span, d in store.catalog.spans(i).items()})
+
+    def size(self, key: SpanKey) -> int:
+        return key.size if key in self.digests else self._partial.get(key, 0)
+
+
+class Shown:
+    """What the files in a model's directory consist of: bytes shown by span, and bytes of literals."""
+
+    def __init__(self, manifest: Manifest, files: Iterable[File] | None = None) -> None:
+        """Args: files: Only these."""
+        self.spans: Counter[SpanKey] = Counter()
+        self.literal_bytes = 0
+        self.sources: set[int] = set()
+        for file in manifest.shown(View.MODEL).values() if files is None else files:
+            for segment in file.segments:
+                if not isinstance(segment, Extent):
+                    self.literal_bytes += segment.size
+                elif segment.size:
+                    self.spans[manifest.key(segment.span)] += segment.size
+                    self.sources.add(manifest.spans[segment.span].source)
+
+    @property
+    def size(self) -> int:
+        return self.literal_bytes + self.spans.total()
+
+    def local_bytes(self, local: Local) -> int:
+        """A span that is shown several times counts as often."""
+        return self.literal_bytes + sum(min(size, local.size(key)) for key, size in self.spans.items())
+
+    def digests(self, local: Local) -> set[str]:
+        """Of the blobs of its complete spans."""
+        return {digest for key in self.spans if (digest := local.digests.get(key))}
+
+    def shared_bytes(self, local: Local, users: Mapping[str, int]) -> int:
+        return sum(size for key, size in self.spans.items() if users.get(local.digests.get(key, ""), 0) > 1)
+
+    def complete(self, local: Local) -> bool:
+        return all(key in local.digests for key in self.spans)
+
+
+def open_store(path: Path) -> Store:
+    """Raises UserError when there is none: looking at a store does not make one."""
+    return Store.open(path, create=False)
+
+
+def find_model(store: Store, name: str) -> Manifest:
+    """The manifest a name stands for. Raises UserError."""
+    record = store.catalog.models().get(name)
+    if record is None:
+        raise UserError(f"no model {name!r} here", hint=f"`cakefs ls` says what there is; or `cakefs add {name}`")
+    return store.catalog.manifest(record.manifest)
+
+
+def summarize_store(path: Path) -> StoreSummary:
+    """All zero where there is no store yet."""
+    if not _exists(path):
+        return StoreSummary(0, 0, 0, 0)
+    with open_store(path) as store:
+        usage = store.usage()
+        return StoreSummary(len(store.catalog.models()), usage.blob_count, usage.blob_bytes, usage.partial_bytes)
+
+
+def summarize_models(path: Path) -> list[ModelSummary]:
+    """All models by name; none where there is no store yet."""
+    if not _exists(path):
+        return []
+    with open_store(path) as store:
+        local, records = Local.of_all(store), store.catalog.models()
+        models = [(records[name].added, store.catalog.manifest(records[name].manifest)) for name in sorted(records)]
+        shown = [Shown(manifest) for _, manifest in models]
+        users = Counter(digest for one in shown for digest in one.digests(local))
+        confirmed = _Confirmations(store)
+        return [
+            ModelSummary(
+                manifest.name,
+                manifest.origin,
+                manifest.revision,
+                added,
+                size=one.size,
+                local_bytes=one.local_bytes(local),
+                shared_bytes=one.shared_bytes(local, users),
+                complete=one.complete(local),
+                verified=one.complete(local) and confirmed.all_of(manifest, one),
+            )
+            for (added, manifest), one in zip(models, shown, strict=True)
+        ]
+
+
+def summarize_files(manifest: Manifest, local: Local) -> list[FileSummary]:
+    def summary(file: File) -> FileSummary:
+        return FileSummary(file.path, file.view, file.size, Shown(manifest, [file]).local_bytes(local))
+
+    return [summary(file) for file in sorted(manifest.files, key=lambda f: (f.view == View.ORIGINAL, f.path))]
+
+
+def summarize_sources(store: Store, manifest: Manifest) -> list[SourceSummary]:
+    confirmed = _Confirmations(store)
+    return [
+        SourceSummary(s.path, s.locator.url, s.identity, s.locator.size, s.sha256, confirmed.of(s))
+        for s in manifest.sources
+    ]
+
+
+def summarize_tensors(manifest: Manifest, local: Local) -> list[TensorSummary]:
+    """In the order of the manifest."""
+    found = []
+    for tensor in manifest.tensors:
+        key = manifest.key(tensor.span)
+        digest = local.digests.get(key, "")
+        found.append(TensorSummary(tensor.name, tensor.dtype, tensor.shape, key.size, local.size(key), digest))
+    return found
+
+
+class _Confirmations:
+    """Outcomes of whole-file checks, each looked up once."""
+
+    def __init__(self, store: Store) -> None:
+        self._catalog = store.catalog
+        self._known: dict[str, bool | None] = {}
+
+    def of(self, source: Source) -> bool | None:
+        """None while the file was not hashed here."""
+        if source.identity not in self._known:
+            verified = self._catalog.verified(source.identity)
+            self._known[source.identity] = None if verified is None else verified.ok
+        return self._known[source.identity]
+
+    def all_of(self, manifest: Manifest, shown: Shown) -> bool:
+        """True when there are published hashes, and all of them were met."""
+        published = [s for i in shown.sources if (s := manifest.sources[i]).sha256]
+        return bool(published) and all(self.of(source) for source in published)
+
+
+def _exists(path: Path) -> bool:
+    return (path / "format").exists()

@@ -1,0 +1,222 @@
+"""One transfer process: fetches ranges, writes chunks into the shared store, seals what is complete, confirms whole
+files.
+
+It runs beside the serving process, because one busy Python thread in there would cost the mount three quarters of its
+throughput. Jobs come on stdin, reports go to stdout (`messages.py`). It owns no state that the store does not have:
+killed at any point, its unfinished jobs are simply given to another one. It ends when stdin ends.
+"""
+
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import trio
+
+from cakefs.engine import confirm
+from cakefs.engine.messages import (
+    Arrived,
+    Confirmed,
+    Done,
+    FetchJob,
+    Idle,
+    JobChunk,
+    Report,
+    Request,
+    Settings,
+    Unframer,
+    failure,
+    frame,
+    job_chunks,
+)
+from cakefs.errors import CakeError, StoreFull
+from cakefs.model import INLINE_LIMIT, ByteRange, SpanKey
+from cakefs.remotes.base import Remote
+from cakefs.remotes.http import HttpRemote
+from cakefs.remotes.wrap import Limit, Log, Retry
+from cakefs.store.store import Store
+
+log = logging.getLogger(__name__)
+
+SEAL_BATCH = 256  # Spans sealed in one transaction: bounds how long a finished tensor waits for its neighbours.
+
+
+class Assembler:
+    """Cuts a stream of bytes into the chunks of a job.
+
+    Args:
+        chunks: In the order of their bytes, without gap.
+        on_chunk: Called with the index and the bytes of each one as it becomes complete.
+    """
+
+    def __init__(self, chunks: list[JobChunk], on_chunk: Callable[[int, bytearray], None]) -> None:
+        self._chunks = chunks
+        self._on_chunk = on_chunk
+        self._index = 0
+        self._pending = bytearray()
+
+    def feed(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            chunk = self._chunks[self._index]
+            take = min(len(view), chunk.stop - chunk.start - len(self._pending))
+            self._pending += view[:take]
+            view = view[take:]
+            if len(self._pending) == chunk.stop - chunk.start:
+                full, self._pending = self._pending, bytearray()
+                self._index += 1
+                self._on_chunk(self._index - 1, full)
+
+
+class Worker:
+    """The state of one transfer process: a store, a remote, and what waits to be sealed."""
+
+    def __init__(self, store: Store, remote: Remote, report: Callable[[Report], None]) -> None:
+        self._store = store
+        self._remote = remote
+        self._report = report
+        self._to_seal: list[SpanKey] = []
+        self._touched: dict[
+            str, int
+        ] = {}  # identity -> file size, with news since it was last looked at for completeness
+        self._fetching = 0
+        self._work = trio.Event()
+        self._flushing = False
+
+    async def fetch(self, job: FetchJob) -> None:
+        self._fetching += 1
+        try:
+            await self._fetch(job)
+            self._report(Done(job.id))
+        except CakeError as error:
+            self._report(failure(job.id, error))
+        finally:
+            self._fetching -= 1
+            self._touched[job.identity] = job.locator.size
+            self._work.set()
+
+    async def _fetch(self, job: FetchJob) -> None:
+        chunks = job_chunks(job)
+        tiny: list[tuple[int, SpanKey, bytes]] = []
+
+        def on_chunk(index: int, data: bytearray) -> None:
+            chunk = chunks[index]
+            if chunk.key.size <= INLINE_LIMIT:
+                tiny.append((index, chunk.key, bytes(data)))
+            else:
+                self._keep(job.id, index, chunk, data)
+
+        try:
+            await self._remote.fetch(job.locator, ByteRange(job.start, job.stop), Assembler(chunks, on_chunk).feed)
+        finally:
+            self._keep_tiny(job.id, tiny)
+
+    def _keep(self, job: int, index: int, chunk: JobChunk, data: bytearray) -> None:
+        try:
+            complete = self._store.write_chunk(chunk.key, chunk.chunk, data)
+        except StoreFull:
+            self._report(Arrived(job, index, bytes(data)))
+            return
+        self._report(Arrived(job, index))
+        if complete:
+            self._to_seal.append(chunk.key)
+            self._work.set()
+
+    def _keep_tiny(self, job: int, tiny: list[tuple[int, SpanKey, bytes]]) -> None:
+        if not tiny:
+            return
+        try:
+            self._store.put_spans([(key, data) for _, key, data in tiny])
+            kept = True
+        except StoreFull:
+            kept = False
+        for index, _, data in tiny:
+            self._report(Arrived(job, index, None if kept else data))
+
+    def flush(self) -> None:
+        self._flushing = True
+        self._work.set()
+
+    async def seal_forever(self) -> None:
+        """Seals in batches, in a thread: hashing is C code, and one transaction serves many tensors."""
+        while True:
+            await self._work.wait()
+            self._work = trio.Event()
+            await self.seal_pending()
+            if not self._fetching and not self._to_seal:
+                await self._confirm_complete()
+                if self._flushing:
+                    self._flushing = False
+                    self._report(Idle())
+
+    async def seal_pending(self) -> None:
+        while self._to_seal:
+            batch, self._to_seal = self._to_seal[:SEAL_BATCH], self._to_seal[SEAL_BATCH:]
+            try:
+                await trio.to_thread.run_sync(self._store.seal, batch)
+            except StoreFull as error:
+                log.warning("not sealed, still served from its partial: %s", error.message)
+            except CakeError as error:
+                log.error("cannot seal: %s", error.message)
+
+    async def _confirm_complete(self) -> None:
+        touched, self._touched = self._touched, {}
+        for identity, size in touched.items():
+            outcome = await trio.to_thread.run_sync(confirm.confirm_source, self._store, identity, size)
+            if outcome is not None:
+                self._report(Confirmed(identity, outcome))
+
+
+async def _serve() -> None:
+    reader = trio.lowlevel.FdStream(os.dup(sys.stdin.fileno()))
+    writer = trio.lowlevel.FdStream(os.dup(sys.stdout.fileno()))
+    outbox, reports = trio.open_memory_channel[Report](math.inf)
+    decoder = msgspec.msgpack.Decoder(Request)
+    unframer = Unframer()
+    worker: Worker | None = None
+
+    async def send() -> None:
+        async for report in reports:
+            await writer.send_all(frame(report))
+
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            async for data in reader:
+                for body in unframer.feed(data):
+                    request = decoder.decode(body)
+                    if isinstance(request, Settings):
+                        worker = _build(request, outbox.send_nowait)
+                        nursery.start_soon(worker.seal_forever)
+                    elif worker is not None and isinstance(request, FetchJob):
+                        nursery.start_soon(worker.fetch, request)
+                    elif worker is not None:
+                        worker.flush()
+            nursery.cancel_scope.cancel()
+    except* trio.BrokenResourceError:
+        pass  # The serving process is gone: nobody to report to.
+    if worker is not None:
+        with trio.CancelScope(deadline=trio.current_time() + 10):
+            await worker.seal_pending()
+
+
+def _build(settings: Settings, report: Callable[[Report], None]) -> Worker:
+    store = Store.open(Path(settings.store), create=False)
+    http = HttpRemote(tokens=settings.tokens)
+    remote = Retry(Limit(Log(http), settings.connections), budget_s=settings.read_timeout_s)
+    return Worker(store, remote, report)
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes our stdin.
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    trio.run(_serve)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The transfer processes as the serving process sees them: started, fed, watched, replaced when they die."""
+
+import logging
+import math
+import sys
+from collections.abc import Callable
+
+import msgspec
+import trio
+
+from cakefs.engine.messages import FetchJob, Flush, Report, Request, Settings, Unframer, frame
+
+log = logging.getLogger(__name__)
+
+RESTART_DELAY_S = 0.2  # Doubles with every start that brought no report, up to the limit below.
+RESTART_DELAY_LIMIT_S = 10.0
+CLOSE_TIMEOUT_S = 15.0  # A worker seals what is complete before it goes; then it is killed.
+
+
+class WorkerProcess:
+    """One supervised transfer process.
+
+    Args:
+        on_report: Called with every report.
+        on_death: Called with the jobs that were with the process when it ended unasked.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_report: Callable[["WorkerProcess", Report], None],
+        on_death: Callable[["WorkerProcess", list[FetchJob]], None],
+    ) -> None:
+        self._settings = settings
+        self._on_report = on_report
+        self._on_death = on_death
+        self._to_send, self._outbox = trio.open_memory_channel[Request](math.inf)
+        self.jobs: dict[int, FetchJob] = {}
+        self.pid: int | None = None
+
+    def submit(self, job: FetchJob) -> None:
+        self.jobs[job.id] = job
+        self._to_send.send_nowait(job)
+
+    def flush(self) -> None:
+        self._to_send.send_nowait(Flush())
+
+    async def supervise(self) -> None:
+        """Runs processes one after the other until cancelled."""
+        delay = RESTART_DELAY_S
+        while True:
+            useful = await self._run_one()
+            delay = RESTART_DELAY_S if useful else min(2 * delay, RESTART_DELAY_LIMIT_S)
+            lost, self.jobs = list(self.jobs.values()), {}
+            self._to_send.close()
+            self._to_send, self._outbox = trio.open_memory_channel[Request](math.inf)
+            log.warning("a transfer process ended (pid %s); %d jobs are given to another", self.pid, len(lost))
+            self._on_death(self, lost)
+            await trio.sleep(delay)
+
+    async def _run_one(self) -> bool:
+        """One process from start to end; True when it reported anything."""
+        outbox = self._outbox
+        process = await trio.lowlevel.open_process([sys.executable, "-m", "cakefs.engine.worker"], stdin=-1, stdout=-1)
+        self.pid = process.pid
+        assert process.stdin is not None and process.stdout is not None
+        stdin, stdout = process.stdin, process.stdout
+        useful = False
+
+        async def send() -> None:
+            try:
+                await stdin.send_all(frame(self._settings))
+                async for message in outbox:
+                    await stdin.send_all(frame(message))
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                pass  # The process died; its end of stdout tells.
+
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(send)
+                decoder = msgspec.msgpack.Decoder(Report)
+                unframer = Unframer()
+                async for data in stdout:
+                    for body in unframer.feed(data):
+                        useful = True
+                        self._on_report(self, decoder.decode(body))
+                nursery.cancel_scope.cancel()
+        finally:
+            await _end(process)
+        return useful
+
+
+async def _end(process: trio.Process) -> None:
+    """Closes stdin, which asks the process to end; kills it when it does not."""
+    with trio.CancelScope(shield=True):
+        assert process.stdin is not None and process.stdout is not None
+        await process.stdin.aclose()
+        with trio.move_on_after(CLOSE_TIMEOUT_S):
+            async for _ in process.stdout:  # Let it finish writing, or it could block on a full pipe.
+                pass
+            await process.wait()
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        await process.stdout.aclose()

@@ -1,0 +1,1 @@
+"""The mount: translates between the kernel's requests and a `Library`; decides nothing."""

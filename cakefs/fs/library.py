@@ -1,0 +1,68 @@
+"""What the mount needs from below: the models, and readers of their files. Implemented by `engine`, faked in tests.
+
+All methods but `FileReader.read` are called on the event loop that serves the kernel: they must not wait, least of all
+for the network. Foreign exceptions do not leave them, only `CakeError`.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Protocol
+
+from cakefs.model import File, Manifest
+
+
+class FileReader(Protocol):
+    """One open file. It can be read until `close`, whatever happens to its model meanwhile."""
+
+    @property
+    def size(self) -> int: ...
+
+    def try_read(self, offset: int, size: int) -> memoryview | None:
+        """The bytes when they are at hand, clamped to the end of the file; None when that would take waiting.
+
+        The buffer is valid until the next call into the engine: it is sent before anything is awaited.
+        """
+        ...
+
+    async def read(self, offset: int, size: int) -> memoryview | bytes:
+        """The same bytes, after fetching what is missing.
+
+        Raises:
+            CakeError: after bounded retries.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Library(Protocol):
+    """The models of one store. Other processes change it at any time."""
+
+    def generation(self) -> int:
+        """Differs from its earlier value whenever `names` does. Asked at every look at the name levels: cheap."""
+        ...
+
+    def names(self) -> Mapping[str, str]:
+        """Manifest id by shown name."""
+        ...
+
+    def manifest(self, manifest_id: str) -> Manifest: ...
+
+    def open(self, manifest_id: str, file: File) -> FileReader:
+        """Cheap and without network: loaders take any error here for "No such file"."""
+        ...
+
+    def status(self) -> Mapping[str, object]:
+        """Live counters, fit for JSON."""
+        ...
+
+    def xattrs(self, manifest_id: str, file: File | None) -> Mapping[str, bytes]:
+        """What is known about a file, or about the whole model (None): `digest`, `source`, `local_bytes` and so on.
+
+        The mount shows `digest` as `user.cakefs.digest`.
+        """
+        ...
+
+    def statvfs(self) -> os.statvfs_result:
+        """Of the file system that the store is on."""
+        ...

@@ -1,0 +1,190 @@
+"""The inode table and the directory shapes of the mount. No pyfuse3, no waiting.
+
+    /                       NameDir(MODEL, "")       changes when models come and go
+      org/                  NameDir(MODEL, "org")
+        name/               Folder                   one manifest in one view: never changes
+          onnx/model.onnx   Folder, FileNode
+      .cakefs/              ServiceDir
+        status.json         StatusNode
+        original/           NameDir(ORIGINAL, "")    the same once more, with the files as published
+
+Invariants:
+- An inode stands for one (manifest, view, path) for ever, also across mounts: its number is a hash of exactly that. An
+  updated model is another manifest and therefore other inodes, so the kernel may keep pages and entries of a Folder as
+  long as it likes. A file shown in both views is one inode with two names.
+- Where a model's name is also the prefix of other names, one NameDir shows both; what the model has itself wins. Its
+  number differs from that of the plain Folder, so the kernel drops what it knew when the one becomes the other.
+- A node is in the table exactly while the kernel counts references to it. A Shape lives as long as a node needs it.
+"""
+
+from collections.abc import Callable, Mapping
+from weakref import WeakValueDictionary
+
+from cakefs.fs.library import Library
+from cakefs.fs.nodes import (
+    FIRST_HASHED,
+    ORIGINAL_NAME,
+    ROOT,
+    SERVICE_NAME,
+    STATUS_NAME,
+    Directory,
+    FileNode,
+    Folder,
+    Key,
+    NameDir,
+    Node,
+    ServiceDir,
+    Shape,
+    StatusNode,
+    encode_name,
+    inode_number,
+)
+from cakefs.model import View, is_safe_path
+
+
+class Names:
+    """The table of models at one generation: which names there are, and what stands below each prefix of them."""
+
+    def __init__(self, generation: int | None, models: Mapping[str, str], seen: int) -> None:
+        self.generation = generation
+        self.seen = seen
+        self.models = {name: manifest for name, manifest in models.items() if is_safe_path(name)}
+        self.below: dict[str, set[str]] = {"": set()}
+        for name in self.models:
+            while name:
+                prefix, _, last = name.rpartition("/")
+                self.below.setdefault(prefix, set()).add(last)
+                name = prefix
+
+
+class Tree:
+    """All inodes that the kernel knows.
+
+    Args:
+        clock: Unix seconds; the mtime of a name level is when a change was first seen there.
+    """
+
+    def __init__(self, library: Library, clock: Callable[[], float]) -> None:
+        self._library = library
+        self._clock = clock
+        self._names = Names(None, {}, int(clock()))
+        self._shapes: WeakValueDictionary[tuple[str, View], Shape] = WeakValueDictionary()
+        now = self._names.seen
+        self._root = NameDir(ROOT, ("names", View.MODEL, "", ""), now, ROOT, View.MODEL, "")
+        self._service = ServiceDir(2, ("service",), now, ROOT)
+        self._status = StatusNode(3, ("status",), now)
+        self._original = NameDir(4, ("names", View.ORIGINAL, "", ""), now, 2, View.ORIGINAL, "")
+        self._fixed: dict[str, Node] = {STATUS_NAME: self._status, ORIGINAL_NAME: self._original}
+        self._nodes: dict[int, Node] = {n.ino: n for n in (self._root, self._service, self._status, self._original)}
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    def node(self, ino: int) -> Node:
+        """Raises KeyError for a number that the kernel cannot have from here."""
+        return self._nodes[ino]
+
+    def child(self, directory: Directory, name: str) -> Node | None:
+        """The entry of that name. Not yet in the table: `retain` what the kernel is told of."""
+        if isinstance(directory, ServiceDir):
+            return self._fixed.get(name)
+        if isinstance(directory, Folder):
+            return self._in_folder(directory, directory.shape, directory.path, name)
+        if isinstance(directory, NameDir):
+            return self._in_names(directory, name)
+        return None
+
+    def listing(self, directory: Directory) -> tuple[str, ...]:
+        """Names of all entries, sorted by their bytes."""
+        if isinstance(directory, ServiceDir):
+            found = set(self._fixed)
+        elif isinstance(directory, Folder):
+            found = set(directory.shape.folders[directory.path])
+        elif isinstance(directory, NameDir):
+            found = set(self._current().below.get(directory.prefix, ()))
+            found.update(directory.shape.folders[""] if directory.shape else ())
+            found.update({SERVICE_NAME} if directory is self._root else ())
+        return tuple(sorted(found, key=encode_name))
+
+    def links(self, node: Node) -> int:
+        """st_nlink; for the name levels as of now."""
+        if not isinstance(node, NameDir):
+            return node.nlink
+        own = node.shape.folders[""] if node.shape else {}
+        below = self._current().below.get(node.prefix, set())
+        return 2 + len(below - own.keys()) + sum(file is None for file in own.values()) + (node is self._root)
+
+    def mtime(self, node: Node) -> int:
+        if isinstance(node, NameDir) and node.shape is None:
+            return self._current().seen
+        return node.mtime
+
+    def retain(self, node: Node) -> None:
+        """Counts one reference that the kernel got."""
+        node.lookups += 1
+        self._nodes[node.ino] = node
+
+    def forget(self, ino: int, count: int) -> None:
+        """Takes back references; the node goes with the last one."""
+        node = self._nodes.get(ino)
+        if node is not None:
+            node.lookups -= count
+            if node.lookups <= 0 and ino >= FIRST_HASHED:
+                del self._nodes[ino]
+
+    def _current(self) -> Names:
+        """The generation is read before the names: a change in between is seen next time."""
+        generation = self._library.generation()
+        if generation != self._names.generation:
+            self._names = Names(generation, self._library.names(), int(self._clock()))
+        return self._names
+
+    def _in_names(self, directory: NameDir, name: str) -> Node | None:
+        if directory is self._root and name == SERVICE_NAME:
+            return self._service
+        if directory.shape and name in directory.shape.folders[""]:
+            return self._in_folder(directory, directory.shape, "", name)
+        names = self._current()
+        full = f"{directory.prefix}/{name}" if directory.prefix else name
+        if name not in names.below.get(directory.prefix, ()):
+            return None
+        shape = self._shape(names.models[full], directory.view) if full in names.models else None
+        manifest = shape.manifest_id if shape else ""
+        if full in names.below:
+            key: Key = ("names", directory.view, full, manifest)
+            return self._intern(
+                key, lambda ino: NameDir(ino, key, names.seen, directory.ino, directory.view, full, shape)
+            )
+        assert shape is not None  # a name with nothing below it is a model
+        return self._folder(directory.ino, shape, full, "")
+
+    def _in_folder(self, directory: Folder | NameDir, shape: Shape, path: str, name: str) -> Node | None:
+        entries = shape.folders[path]
+        if name not in entries:
+            return None
+        file = entries[name]
+        if file is None:
+            shown_as = directory.shown_as if isinstance(directory, Folder) else directory.prefix
+            return self._folder(directory.ino, shape, shown_as, f"{path}/{name}" if path else name)
+        key = ("file", shape.manifest_id, file.view, file.path)
+        return self._intern(key, lambda ino: FileNode(ino, key, shape, file))
+
+    def _folder(self, parent: int, shape: Shape, shown_as: str, path: str) -> Node:
+        # The name is part of it: a directory, unlike a file, must not appear in two places.
+        key = ("folder", shape.view, shown_as, shape.manifest_id, path)
+        return self._intern(key, lambda ino: Folder(ino, key, parent, shape, shown_as, path))
+
+    def _intern(self, key: Key, make: Callable[[int], Node]) -> Node:
+        """The node of that key: the one that the kernel knows, or a new one."""
+        ino = inode_number(key)
+        while (node := self._nodes.get(ino)) is not None and node.key != key:
+            ino += 1
+        return node if node is not None else make(ino)
+
+    def _shape(self, manifest_id: str, view: View) -> Shape:
+        shape = self._shapes.get((manifest_id, view))
+        if shape is None:
+            manifest = self._library.manifest(manifest_id)
+            shape = Shape(manifest_id, view, manifest.name, manifest.created, manifest.shown(view))
+            self._shapes[manifest_id, view] = shape
+        return shape

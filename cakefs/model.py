@@ -1,0 +1,312 @@
+"""The values that all layers share: frozen, checked on construction, without I/O.
+
+A *listing* is what a remote says one model consists of. A *manifest* describes the model as it is shown: the upstream
+files (*sources*), the pieces of them that are stored and fetched as one (*spans*: a tensor, a header, a whole small or
+opaque file), the named *tensors*, and the *files* shown, each a gap-free list of *segments*. Spans are half-open;
+HTTP's inclusive form exists only in `remotes/http.py`.
+"""
+
+from collections.abc import Iterator
+from enum import StrEnum
+from typing import Annotated, NamedTuple
+
+import msgspec
+from msgspec import Meta, Struct
+
+from cakefs.errors import InvalidFormat
+
+KIB = 1024
+MIB = 1024 * KIB
+GIB = 1024 * MIB
+
+# Unit of fetching, of the bitmap and of the first-touch check; never an identity. 1 MiB is the largest FUSE request.
+CHUNK = MIB
+# Blobs up to this size live inside LMDB: a norm or a bias is not worth a file and two fsyncs.
+INLINE_LIMIT = 4 * KIB
+# Files up to this size are fetched when a model is added; larger ones when they are read.
+SMALL_FILE_LIMIT = MIB
+
+Digest = Annotated[str, Meta(pattern=r"^[a-z0-9]+:[0-9a-f]+(-[0-9]+)?$")]
+"""Identity of bytes, `algorithm:hex`. In the store: `xxh3:<32 hex>`, with `-N` for the N-th other blob of the same
+hash."""
+
+
+class ByteRange(NamedTuple):
+    """Half-open `[start, stop)`, in bytes."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class SpanKey(NamedTuple):
+    """Names stored or wanted bytes across models: which content, which part of it."""
+
+    identity: str
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class Locator(Struct, frozen=True, array_like=True):
+    """Where an upstream file lives before we have it.
+
+    Attributes:
+        url: Pinned to a commit where the server has such; redirects are followed at fetch time.
+        size: Of the whole upstream file, in bytes; every answer is checked against it.
+        validator: Strong ETag the bytes must come with, or empty when the URL itself is immutable.
+    """
+
+    url: str
+    size: int
+    validator: str = ""
+
+
+class Source(Struct, frozen=True, array_like=True):
+    """One upstream file.
+
+    Attributes:
+        path: As published, `/`-separated, relative to the repository.
+        identity: What names its content: `sha256:…` (LFS), `xet:…`, `git:…` (blob id), else `etag:…` with the URL.
+        locator: Where to fetch it.
+        sha256: Published SHA-256 of the whole file in hex, or empty; confirmed once every byte is local.
+    """
+
+    path: str
+    identity: str
+    locator: Locator
+    sha256: str = ""
+
+
+class Published(Struct, frozen=True):
+    """One file as a `Listing` tells it, before anything of it is here.
+
+    Attributes:
+        path: `/`-separated, relative to the repository.
+        size: In bytes, exact.
+        identity: As in `Source`.
+        url: Pinned to the listing's revision where the server has such.
+        sha256: Published SHA-256 of the whole file in hex, or empty.
+        validator: As in `Locator`.
+    """
+
+    path: str
+    size: int
+    identity: str
+    url: str
+    sha256: str = ""
+    validator: str = ""
+
+    def source(self) -> Source:
+        return Source(self.path, self.identity, Locator(self.url, self.size, self.validator), self.sha256)
+
+
+class Listing(Struct, frozen=True):
+    """What a remote says one model consists of; `origin`, `revision` and `requested` as in `Manifest`."""
+
+    origin: str
+    revision: str
+    requested: str
+    files: tuple[Published, ...]
+
+
+class Span(Struct, frozen=True, array_like=True, gc=False):
+    """Half-open `[start, stop)` of `sources[source]`: the unit that is stored, fetched and shared."""
+
+    source: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+COMPUTED = -1
+"""As `TensorInfo.span`: the bytes are no span but calculated on read."""
+
+
+class TensorInfo(Struct, frozen=True, array_like=True, gc=False):
+    """A named tensor: dtype as safetensors spells it, shape in elements, `spans[span]` its bytes.
+
+    In a view (`Manifest.stack`) the tensors are those of its `model.safetensors`, in the order of its segments behind
+    the header, several may share a span, and `span` is COMPUTED where the segment is.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    span: int
+
+
+class Literal(Struct, frozen=True, array_like=True, tag="L"):
+    """Bytes that no upstream file has: a synthesized header. `blob` is in the store, `size` bytes long."""
+
+    blob: Digest
+    size: int
+
+
+class Extent(Struct, frozen=True, array_like=True, tag="E", gc=False):
+    """Bytes `[start, stop)` *within* `spans[span]`; the whole span in every file that only concatenates."""
+
+    span: int
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class Computed(Struct, frozen=True, array_like=True, tag="C"):
+    """Elements calculated on read, each from those at its place in the inputs (`plan/compute.py` says how).
+
+    Attributes:
+        op: `cast`, `scale`, `linear` or `task_arithmetic`.
+        dtype: Of the result, whose elements fill `size` bytes.
+        inputs: All with as many elements as the result.
+        dtypes: Of the inputs, one each.
+        params: Numbers that the operation takes.
+    """
+
+    op: str
+    dtype: str
+    size: int
+    inputs: tuple["Extent | Computed", ...]
+    dtypes: tuple[str, ...]
+    params: tuple[float, ...] = ()
+
+
+Segment = Literal | Extent | Computed
+
+
+class View(StrEnum):
+    """Under which directory a file is shown."""
+
+    BOTH = "both"
+    MODEL = "model"  # org/name/
+    ORIGINAL = "original"  # .cakefs/original/org/name/
+
+
+class File(Struct, frozen=True, array_like=True):
+    """One file shown: `segments` follow each other without gap and add up to `size`."""
+
+    path: str
+    size: int
+    view: View
+    segments: tuple[Segment, ...]
+
+
+class LayerOrigin(Struct, frozen=True, array_like=True):
+    """A layer of a published model, as `stack` names it."""
+
+    model: str
+    layer: int
+    revision: str = ""
+
+
+class StackLayer(Struct, frozen=True, array_like=True):
+    """Layer `layer` of a view: made of one origin, or calculated from several as `note` says."""
+
+    layer: int
+    origins: tuple[LayerOrigin, ...]
+    note: str = ""
+
+
+class Manifest(Struct, frozen=True, array_like=True):
+    """Stored description of one model at one revision. Immutable: an update is another manifest.
+
+    Attributes:
+        name: What it is shown as, such as `org/name`, `org/name@rev` or `my-view`.
+        origin: Where it came from, such as `https://huggingface.co/org/name`.
+        revision: Commit hash the URLs are pinned to; empty where the server has none.
+        requested: Revision as the user wrote it, such as `main`.
+        created: Unix seconds; also the mtime of every file shown.
+        stack: Of a slice or merge, where each of its layers comes from; empty for what was published.
+    """
+
+    name: str
+    origin: str
+    revision: str
+    requested: str
+    created: int
+    sources: tuple[Source, ...]
+    spans: tuple[Span, ...]
+    tensors: tuple[TensorInfo, ...]
+    files: tuple[File, ...]
+    stack: tuple[StackLayer, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_manifest(self)
+
+    def key(self, span: int) -> SpanKey:
+        """The name of `spans[span]` across models."""
+        s = self.spans[span]
+        return SpanKey(self.sources[s.source].identity, s.start, s.stop)
+
+    def shown(self, view: View) -> dict[str, File]:
+        """Files of the model directory or of its original, by path."""
+        return {f.path: f for f in self.files if f.view in (View.BOTH, view)}
+
+
+def check_manifest(m: Manifest) -> None:
+    """Raises InvalidFormat where indices dangle, spans leave their source, or segments do not add up."""
+    for span in m.spans:
+        if not (0 <= span.source < len(m.sources) and 0 <= span.start <= span.stop):
+            raise InvalidFormat(f"manifest of {m.name}: bad span {span}")
+        if span.stop > m.sources[span.source].locator.size:
+            raise InvalidFormat(f"manifest of {m.name}: span past the end of {m.sources[span.source].path}")
+    for tensor in m.tensors:
+        if not COMPUTED <= tensor.span < len(m.spans):
+            raise InvalidFormat(f"manifest of {m.name}: tensor {tensor.name} has no span")
+    for file in m.files:
+        check_file(m, file)
+
+
+def check_file(m: Manifest, file: File) -> None:
+    if not is_safe_path(file.path):
+        raise InvalidFormat(f"manifest of {m.name}: unsafe path {file.path!r}")
+    if sum(s.size for s in file.segments) != file.size:
+        raise InvalidFormat(f"manifest of {m.name}: segments of {file.path} do not add up to {file.size}")
+    for segment in file.segments:
+        for s in leaves(segment):
+            if not (0 <= s.span < len(m.spans) and 0 <= s.start <= s.stop <= m.spans[s.span].size):
+                raise InvalidFormat(f"manifest of {m.name}: bad extent in {file.path}")
+
+
+def leaves(segment: Segment) -> Iterator[Extent]:
+    """The stored bytes that a segment is made of, in the order in which a calculation takes them."""
+    if isinstance(segment, Extent):
+        yield segment
+    elif isinstance(segment, Computed):
+        for part in segment.inputs:
+            yield from leaves(part)
+
+
+def is_safe_path(path: str) -> bool:
+    """True for a relative `/`-separated path that stays below its directory and can be a file name everywhere."""
+    parts = path.split("/")
+    return (
+        bool(path)
+        and "\0" not in path
+        and len(path.encode("utf-8", "surrogatepass")) < 4096
+        and all(p not in ("", ".", "..") and len(p.encode("utf-8", "surrogatepass")) < 256 for p in parts)
+    )
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    return msgspec.msgpack.encode(manifest)
+
+
+def decode_manifest(data: bytes | memoryview) -> Manifest:
+    """Raises InvalidFormat on bytes that are no manifest."""
+    try:
+        return msgspec.msgpack.decode(data, type=Manifest)
+    except msgspec.DecodeError as error:
+        raise InvalidFormat(f"not a manifest: {error}") from error

@@ -1,0 +1,211 @@
+"""Which tensors are which layer: texts such as `0-15,20`, and the naming of layers on disk. Pure.
+
+A layer's tensors are named `<prefix>.<number>.<rest>`. The prefix is found by grouping names before their first numeric
+component, so experts inside a layer (`….mlp.experts.3.w1`) never make groups of their own. A match needs the dot:
+`model.layers.1` never takes `model.layers.10`.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Mapping
+from enum import Enum
+from typing import NamedTuple
+
+from cakefs.errors import UserError
+from cakefs.formats.strictjson import brief
+
+MAX_LAYER = 99_999  # No model comes near; a slip of the finger must not cost memory.
+
+_ITEM = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
+
+Groups = Mapping[str, Mapping[int, list[str]]]
+"""Prefix -> layer number -> names of its tensors."""
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """`0-3,8` (both ends included) as rising numbers without repeats.
+
+    Raises:
+        UserError: Naming the part that is wrong.
+    """
+    found: set[int] = set()
+    for item in text.split(","):
+        match = _ITEM.fullmatch(item.strip())
+        if match is None:
+            what = f"{brief(item.strip())} is not a layer or range" if item.strip() else "an entry is empty"
+            raise UserError(f"layers {brief(text)}: {what}", hint="write them like 0-15,20 (both ends included)")
+        first = int(match[1]) if len(match[1]) < 9 else MAX_LAYER + 1
+        last = first if match[2] is None else int(match[2]) if len(match[2]) < 9 else MAX_LAYER + 1
+        if last < first:
+            raise UserError(f"layers {brief(text)}: {match[0]} runs backwards", hint=f"did you mean {last}-{first}?")
+        if last > MAX_LAYER:
+            raise UserError(f"layers {brief(text)}: no model has layer {match[2] or match[1]}")
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """The shortest text that `parse_layers` reads back."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and runs[-1][1] == layer - 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+# --- names ----------------------------------------------------------------------------------------------------------
+
+
+class Name(NamedTuple):
+    """A tensor's name taken apart: `<prefix>.<layer><rest>`, where `rest` is empty or starts with a dot."""
+
+    prefix: str
+    layer: int
+    rest: str
+
+
+def split_name(name: str) -> Name | None:
+    """None for a name without a numeric component after the first place."""
+    start = 0
+    while (dot := name.find(".", start)) >= 0:
+        stop = name.find(".", dot + 1)
+        part = name[dot + 1 : stop if stop >= 0 else len(name)]
+        if part[:1].isdigit() and len(part) < 9 and _NUMBER.fullmatch(part):
+            return Name(name[:dot], int(part), name[dot + 1 + len(part) :])
+        start = dot + 1
+    return None
+
+
+def split_at(name: str, prefix: str) -> Name | None:
+    """As `split_name`, for a prefix that is known: it may lie behind another number."""
+    if not name.startswith(prefix + "."):
+        return None
+    part, dot, rest = name[len(prefix) + 1 :].partition(".")
+    if len(part) < 9 and _NUMBER.fullmatch(part):
+        return Name(prefix, int(part), dot + rest)
+    return None
+
+
+def group_layers(names: Iterable[str]) -> dict[str, dict[int, list[str]]]:
+    """All names with a number in them, by what stands before it."""
+    groups: dict[str, dict[int, list[str]]] = {}
+    for name in names:
+        split = split_name(name)
+        if split is not None:
+            groups.setdefault(split.prefix, {}).setdefault(split.layer, []).append(name)
+    return groups
+
+
+def numbers(group: Collection[int]) -> str:
+    """The layers of a group as a message says them."""
+    return f"layers {layers_text(group)}" if len(group) > 1 else f"layer {layers_text(group)}"
+
+
+def describe(groups: Groups) -> str:
+    """What exists, for hints."""
+    known = [f"{prefix} ({numbers(group)})" for prefix, group in sorted(groups.items())]
+    return "; ".join(known[:8]) + ("; …" if len(known) > 8 else "") if known else "no tensor has a layer number"
+
+
+def detect_prefix(groups: Groups, count: int | None, beyond: int = 0) -> str:
+    """The group whose numbers are exactly the layers that the config counts.
+
+    Args:
+        count: Layers by config.json; None where it does not say.
+        beyond: Heads for further tokens (MTP), named as layers after the last one, that may or may not be there.
+
+    Raises:
+        UserError: None or several fit; the hint lists what exists.
+    """
+    hint = f"name one with --prefix; there is: {describe(groups)}"
+    if not groups:
+        raise UserError("no tensor has a layer number in its name")
+    if count is None:
+        fitting = list(groups) if len(groups) == 1 else [p for p, g in groups.items() if set(g) == set(range(len(g)))]
+        said = "no layer count in config.json, and"
+    else:
+        exact = {frozenset(range(count + extra)) for extra in range(beyond + 1)}
+        fitting = [p for p, g in groups.items() if frozenset(g) in exact]
+        if not fitting:  # a slice that was not renumbered
+            fitting = [p for p, g in groups.items() if max(g) < count + beyond and len(g) > 0]
+        said = f"config.json counts {count} layers:"
+    if len(fitting) == 1:
+        return fitting[0]
+    which = " and ".join(sorted(fitting)) if fitting else "no group of tensors"
+    raise UserError(f"{said} {which} {'could be them' if fitting else 'fits'}", hint=hint)
+
+
+def check_prefix(names: Iterable[str], prefix: str, groups: Groups) -> dict[int, list[str]]:
+    """The layers under a prefix that the user named, with or without the dot at its end."""
+    found: dict[int, list[str]] = {}
+    clean = prefix.removesuffix(".")
+    for name in names:
+        split = split_at(name, clean)
+        if split is not None:
+            found.setdefault(split.layer, []).append(name)
+    if not found:
+        raise UserError(f"prefix {brief(prefix)} matches no layer", hint=f"there is: {describe(groups)}")
+    return found
+
+
+# --- what is no layer -----------------------------------------------------------------------------------------------
+
+
+class Role(Enum):
+    """Where a tensor outside the layers belongs."""
+
+    BEFORE = "embeddings"
+    AFTER = "norm and head"
+    OTHER = "other"
+
+
+_BEFORE = frozenset({
+    "embed_tokens", "embed", "embedding", "embeddings", "wte", "wpe", "word_embeddings", "word_embeddings_layernorm",
+    "tok_embeddings", "embed_in", "embed_positions", "position_embeddings", "token_type_embeddings", "shared",
+    "layernorm_embedding", "embeddings_layernorm", "embed_tokens_per_layer", "per_layer_model_projection",
+    "per_layer_projection_norm", "project_in", "embed_norm", "emb_norm", "rotary_emb", "rotary_pos_emb",
+    "altup_projections",
+})  # fmt: skip
+_HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output"})
+_AFTER = _HEADS | {
+    "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "ln_out", "head", "project_out",
+    "score", "classifier", "post_layernorm", "altup_unembed_projections", "embedding_norm", "mtp",
+}  # fmt: skip
+_TOKENS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"})
+_TOWER = re.compile(r"vis(ion|ual)?|image|audio|speech|connector|projector|aligner|resampler", re.IGNORECASE)
+
+
+def role_of(name: str, prefix: str, roots: Collection[str] = ()) -> Role:
+    """What a tensor that is no layer is to the layers under `prefix`.
+
+    Args:
+        roots: Of the other groups of layers; what lies under them belongs to them.
+    """
+    root = prefix.rpartition(".")[0]
+    parts = name.split(".")
+    if any(other and other != root and not root.startswith(other) and name.startswith(other + ".") for other in roots):
+        return Role.OTHER
+    if any(_TOWER.search(part) for part in parts[:3]) and not _TOWER.search(prefix):
+        return Role.OTHER
+    return _word_role(parts)
+
+
+def _word_role(parts: list[str]) -> Role:
+    for part in parts:
+        if part in _BEFORE:
+            return Role.BEFORE
+        if part in _AFTER:
+            return Role.AFTER
+    return Role.OTHER
+
+
+def is_head(name: str) -> bool:
+    """Whether the tensor turns hidden states into token scores."""
+    return not _HEADS.isdisjoint(name.split(".")[-3:])
+
+
+def is_token_embedding(name: str) -> bool:
+    """Whether a tied head would reuse this tensor."""
+    return not _TOKENS.isdisjoint(name.split("."))

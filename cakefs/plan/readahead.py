@@ -1,0 +1,108 @@
+"""Access pattern -> the next range to want. Pure: observations in, ranges out.
+
+The reader of a model file shows itself in three ways, and the kernel's own readahead blurs all of them:
+
+- it *runs* through bytes (read(), a mapping touched in order): the next read begins where an earlier one ended. The
+  window ahead of it doubles with every step, from a few MiB up to the limit;
+- it *walks* the heads of tensors (safetensors touches one page of each): a read that covers the first byte of a
+  tensor is strong evidence that the tensor will be used, so its rest is wanted and then its successors in file order,
+  more of them with every head seen. The kernel reads around a fault, so such a read often begins in the tail of the
+  tensor before: that tail says nothing about the neighbour;
+- it *jumps* inside tensors (4 KiB here and there), or reads the header: nothing is wanted.
+"""
+
+from bisect import bisect_left, bisect_right, insort
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from cakefs.model import MIB, ByteRange
+from cakefs.plan.ranges import subtract
+
+RUN_WINDOW = MIB  # Of a run seen for the first time: two reads in a row may be chance.
+FIRST_WINDOW = 8 * MIB  # Of the second head of a walk. Guess: two requests of 4 MiB, 64 ms of a 1 Gbit/s link.
+LAST_WINDOW = 256 * MIB  # 2 s of a 1 Gbit/s link; more only makes a wrong guess dearer.
+HEAD_LIMIT = 64 * MIB  # A first touch wants at most this much of one tensor.
+STREAMS = 32  # Readers of one file told apart: transformers uses 4 threads, fastsafetensors 16.
+SLACK = 256 * 1024  # The kernel may skip or repeat up to one readahead window between two reads of one run.
+
+
+class Readahead:
+    """Watches the reads of one file.
+
+    Args:
+        starts: Offsets of the tensors' first bytes in the file, rising; what lies before the first is header.
+        size: Of the file, in bytes.
+    """
+
+    def __init__(self, starts: Sequence[int], size: int) -> None:
+        self._starts = starts
+        self._size = size
+        self._seen = bytearray(len(starts))  # heads that were touched
+        self._streams: OrderedDict[int, int] = OrderedDict()  # end of a stream's last read -> its window
+        self._heads = 0
+        self._asked: list[ByteRange] = []  # disjoint, rising, never touching
+
+    def observe(self, offset: int, size: int) -> list[ByteRange]:
+        """Notes a read of `size` bytes at `offset`; returns what should be fetched soon and was not asked for yet."""
+        stop = offset + size
+        window = self._continued(offset, stop)
+        if offset < (self._starts[0] if self._starts else 0):
+            self._remember(stop, 0)
+            return []
+        if window is not None:
+            window = min(LAST_WINDOW, max(RUN_WINDOW, 2 * window))
+            self._remember(stop, window)
+            return self._ask(stop, stop + window)
+        head = bisect_left(self._starts, offset)
+        if head < len(self._starts) and self._starts[head] < stop:
+            return self._touched_head(head, stop)
+        self._remember(stop, 0)
+        return []
+
+    def forget(self) -> None:
+        """What was asked for did not come (or went): later observations may ask for it again."""
+        self._asked.clear()
+
+    def _continued(self, offset: int, stop: int) -> int | None:
+        """The window of the stream that this read goes on with, taken out of the table."""
+        if offset in self._streams:
+            return self._streams.pop(offset)
+        for end in reversed(self._streams):
+            if end - SLACK <= offset <= end + SLACK and stop > end:
+                return self._streams.pop(end)
+        return None
+
+    def _touched_head(self, head: int, stop: int) -> list[ByteRange]:
+        self._heads += not self._seen[head]
+        self._seen[head] = 1
+        window = min(LAST_WINDOW, FIRST_WINDOW << min(self._heads - 1, 8)) if self._heads > 1 else 0
+        self._remember(stop, window)
+        next_head = bisect_left(self._starts, stop)
+        tensor_stop = self._starts[next_head] if next_head < len(self._starts) else self._size
+        return self._ask(stop, max(min(tensor_stop, stop + HEAD_LIMIT), stop + window))
+
+    def _ask(self, position: int, target: int) -> list[ByteRange]:
+        """Asks only when half of the window is new, so that requests stay large."""
+        target = min(target, self._size)
+        at = bisect_right(self._asked, (position, self._size + 1)) - 1
+        frontier = max(position, self._asked[at].stop) if at >= 0 else position
+        if frontier >= target or (
+            frontier > position and target < self._size and 2 * (target - frontier) < target - position
+        ):
+            return []
+        wanted = ByteRange(frontier, target)
+        overlapping = [r for r in self._asked if r.start <= target and frontier <= r.stop]
+        new = subtract([wanted], overlapping)
+        for r in overlapping:
+            self._asked.remove(r)
+        insort(self._asked, ByteRange(*_hull([wanted, *overlapping])))
+        return new
+
+    def _remember(self, stop: int, window: int) -> None:
+        self._streams[stop] = window
+        if len(self._streams) > STREAMS:
+            self._streams.popitem(last=False)
+
+
+def _hull(ranges: Sequence[ByteRange]) -> tuple[int, int]:
+    return min(r.start for r in ranges), max(r.stop for r in ranges)

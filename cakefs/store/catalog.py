@@ -1,0 +1,343 @@
+"""What the store knows: models, manifests, and which span has which bytes. LMDB; the meaning of each table is below.
+
+Every change is one transaction, durable when the call returns. A span's row names a digest only while that digest has a
+row: dropping a digest takes the spans along, so that the name can stand for other bytes later.
+
+Rows of `blobs` mirror files: the calls that add or drop them are made by `Store`, under its lock of names.
+"""
+
+import hashlib
+import struct
+import time
+from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from cakefs.errors import CorruptData, NotFound, UserError
+from cakefs.model import Manifest, SpanKey, decode_manifest, encode_manifest
+from cakefs.store.environment import MAP_SIZE, Environment
+
+if TYPE_CHECKING:
+    from cakefs.store.environment import Transaction
+
+# name → whether a key has many values
+TABLES = {
+    "meta": False,  # "generation" → u64 LE: how often `models` has changed
+    "models": False,  # shown name → ModelRecord
+    "manifests": False,  # "sha256:<hex>" of the encoded manifest → the encoded manifest
+    "identities": False,  # first 20 bytes of the SHA-256 of a source identity → the identity
+    "spans": False,  # those 20 bytes, start, stop (u64 BE each) → digest
+    "refs": True,  # digest → keys of the rows in `spans` that name it
+    "blobs": False,  # digest → size (u64 LE), number of sums (u32 LE), the sums, the bytes if they are kept inline
+    "verified": False,  # those 20 bytes of an identity → Verified
+}
+
+_GENERATION = b"generation"
+_LONGEST_KEY = 511  # LMDB's limit
+_COUNT = struct.Struct("<Q")
+_BLOB = struct.Struct("<QI")
+_BOUNDS = struct.Struct(">QQ")
+
+
+class BlobRecord(NamedTuple):
+    """Attributes:
+    sums: Of its chunks (`hashes.chunk_sum`), 8 bytes little-endian each.
+    inline: The bytes themselves where they are few; else they are in a file.
+    """
+
+    digest: str
+    size: int
+    sums: bytes
+    inline: bytes | None = None
+
+
+class ModelRecord(msgspec.Struct, frozen=True, array_like=True):
+    """Attributes:
+    manifest: Its manifest's id.
+    added: Unix seconds.
+    """
+
+    manifest: str
+    added: int
+    pinned: bool
+
+
+class Verified(msgspec.Struct, frozen=True, array_like=True):
+    """Outcome of the last check of a whole upstream file against its published SHA-256; `when` in Unix seconds."""
+
+    ok: bool
+    when: int
+
+
+class Catalog:
+    """Made by `open`; any thread may use it. Raises StoreFull from any change when the disk is full."""
+
+    def __init__(self, env: Environment) -> None:
+        self._env = env
+        self._read = env.read
+
+    @classmethod
+    def open(cls, directory: Path, *, map_size: int = MAP_SIZE) -> "Catalog":
+        return cls(Environment.open(directory, TABLES, map_size=map_size))
+
+    def close(self) -> None:
+        self._env.close()
+
+    @property
+    def readonly(self) -> bool:
+        return self._env.readonly
+
+    # Models and manifests
+
+    def generation(self) -> int:
+        """Grows with every change of the table of models, whichever process makes it."""
+        with self._read() as txn:
+            return self._generation(txn)
+
+    def models(self) -> dict[str, ModelRecord]:
+        with self._read() as txn:
+            rows = txn.cursor(self._env.table["models"])
+            return {str(k, "utf-8"): msgspec.msgpack.decode(v, type=ModelRecord) for k, v in rows}
+
+    def put_model(self, manifest: Manifest, *, pinned: bool | None = None) -> str:
+        """Stores the manifest and shows it under its name, instead of what had that name.
+
+        Args:
+            pinned: None keeps what holds for that name (at first: not pinned).
+
+        Returns: The manifest's id.
+        """
+        name, data = _name(manifest.name), encode_manifest(manifest)
+        id = "sha256:" + hashlib.sha256(data).hexdigest()
+        table = self._env.table
+
+        def work(txn: "Transaction") -> None:
+            old = txn.get(name, db=table["models"])
+            kept = old is not None and msgspec.msgpack.decode(old, type=ModelRecord).pinned
+            pin = kept if pinned is None else pinned
+            txn.put(id.encode(), data, db=table["manifests"])
+            self._put_record(txn, name, ModelRecord(id, int(time.time()), pin))
+
+        self._env.write(work)
+        return id
+
+    def remove_model(self, name: str) -> bool:
+        """Returns: False when there was none of that name. Its manifest and bytes stay, for gc."""
+
+        def work(txn: "Transaction") -> bool:
+            found = txn.delete(_name(name), db=self._env.table["models"])
+            if found:
+                self._count_change(txn)
+            return found
+
+        return self._env.write(work)
+
+    def set_pinned(self, name: str, pinned: bool) -> bool:
+        """Returns: False when there is no model of that name."""
+
+        def work(txn: "Transaction") -> bool:
+            old = txn.get(_name(name), db=self._env.table["models"])
+            if old is None:
+                return False
+            record = msgspec.msgpack.decode(old, type=ModelRecord)
+            if record.pinned != pinned:
+                self._put_record(txn, _name(name), msgspec.structs.replace(record, pinned=pinned))
+            return True
+
+        return self._env.write(work)
+
+    def manifest(self, id: str) -> Manifest:
+        """Raises NotFound, and CorruptData when it no longer matches its id."""
+        with self._read() as txn:
+            data = txn.get(id.encode(), db=self._env.table["manifests"])
+            if data is None:
+                raise NotFound(f"no manifest {id} in the store", hint="cakefs add the model again")
+            if "sha256:" + hashlib.sha256(data).hexdigest() != id:
+                raise CorruptData(f"manifest {id} no longer matches its digest", hint="cakefs add the model again")
+            return decode_manifest(data)
+
+    def manifest_ids(self) -> set[str]:
+        with self._read() as txn:
+            return {str(k, "ascii") for k in txn.cursor(self._env.table["manifests"]).iternext(values=False)}
+
+    def drop_manifests(self, ids: Iterable[str]) -> None:
+        """Forgets those of them that no model has."""
+        table = self._env.table
+        unwanted = set(ids)
+
+        def work(txn: "Transaction") -> None:
+            used = {msgspec.msgpack.decode(v, type=ModelRecord).manifest for _, v in txn.cursor(table["models"])}
+            for id in unwanted - used:
+                txn.delete(id.encode(), db=table["manifests"])
+
+        self._env.write(work)
+
+    # Spans and blobs
+
+    def find(self, key: SpanKey) -> BlobRecord | None:
+        with self._read() as txn:
+            digest = txn.get(_row(key), db=self._env.table["spans"])
+            return None if digest is None else self._blob(txn, bytes(digest))
+
+    def recorded(self, keys: Iterable[SpanKey]) -> set[SpanKey]:
+        """Which of these are sealed."""
+        with self._read() as txn:
+            spans = self._env.table["spans"]
+            return {key for key in keys if txn.get(_row(key), db=spans) is not None}
+
+    def spans(self, identity: str) -> dict[tuple[int, int], str]:
+        """Digests of the sealed spans of one upstream file, by start and stop."""
+        prefix = _hash(identity)
+        with self._read() as txn:
+            rows = txn.cursor(self._env.table["spans"])
+            found = {}
+            more = rows.set_range(prefix)
+            while more and rows.key()[:20] == prefix:
+                found[_BOUNDS.unpack_from(rows.key(), 20)] = str(rows.value(), "ascii")
+                more = rows.next()
+            return found
+
+    def listing(self) -> list[tuple[SpanKey, str]]:
+        """All sealed spans with their digests."""
+        with self._read() as txn:
+            identities = {bytes(k): str(v, "utf-8") for k, v in txn.cursor(self._env.table["identities"])}
+            rows = txn.cursor(self._env.table["spans"])
+            return [(_key(bytes(k), identities), str(v, "ascii")) for k, v in rows]
+
+    def record_seals(self, seals: Iterable[tuple[SpanKey, BlobRecord]]) -> None:
+        """Says where these spans' bytes are, in one transaction; a span that was elsewhere moves."""
+        batch = list(seals)
+
+        def work(txn: "Transaction") -> None:
+            table = self._env.table
+            for key, record in batch:
+                row, digest = _row(key), record.digest.encode()
+                self._unlink_row(txn, row)
+                txn.put(row[:20], key.identity.encode(), db=table["identities"], overwrite=False)
+                txn.put(digest, _pack(record), db=table["blobs"], overwrite=False)
+                txn.put(row, digest, db=table["spans"])
+                txn.put(digest, row, db=table["refs"])
+
+        if batch:
+            self._env.write(work)
+
+    def forget_spans(self, keys: Iterable[SpanKey]) -> None:
+        """Forgets where these are; their blobs stay, perhaps without a span that names them."""
+        rows = [_row(key) for key in keys]
+
+        def work(txn: "Transaction") -> None:
+            for row in rows:
+                self._unlink_row(txn, row)
+
+        if rows:
+            self._env.write(work)
+
+    def blob(self, digest: str) -> BlobRecord | None:
+        with self._read() as txn:
+            return self._blob(txn, digest.encode())
+
+    def blobs(self) -> list[tuple[str, int, bool]]:
+        """Digest, size, and whether the bytes are inline, of every blob."""
+        with self._read() as txn:
+            rows = txn.cursor(self._env.table["blobs"])
+            return [(str(k, "ascii"), *_size_and_inline(v)) for k, v in rows]
+
+    def unreferenced(self, digests: Collection[str]) -> list[str]:
+        """Which of these no span names."""
+        with self._read() as txn:
+            refs = self._env.table["refs"]
+            return [d for d in digests if txn.get(d.encode(), db=refs) is None]
+
+    def drop_blobs(self, digests: Collection[str]) -> None:
+        """Forgets these and every span that names one."""
+
+        def work(txn: "Transaction") -> None:
+            table = self._env.table
+            for digest in digests:
+                for row in list(self._referring(txn, digest.encode())):
+                    txn.delete(row, db=table["spans"])
+                txn.delete(digest.encode(), db=table["refs"])
+                txn.delete(digest.encode(), db=table["blobs"])
+
+        if digests:
+            self._env.write(work)
+
+    # Whole-file checks
+
+    def set_verified(self, identity: str, ok: bool, when: int) -> None:
+        value = msgspec.msgpack.encode(Verified(ok, when))
+        self._env.write(lambda txn: txn.put(_hash(identity), value, db=self._env.table["verified"]))
+
+    def verified(self, identity: str) -> Verified | None:
+        with self._read() as txn:
+            value = txn.get(_hash(identity), db=self._env.table["verified"])
+            return None if value is None else msgspec.msgpack.decode(value, type=Verified)
+
+    def clear_verified(self, identity: str) -> None:
+        self._env.write(lambda txn: txn.delete(_hash(identity), db=self._env.table["verified"]))
+
+    # Within a transaction
+
+    def _generation(self, txn: "Transaction") -> int:
+        value = txn.get(_GENERATION, db=self._env.table["meta"])
+        return 0 if value is None else int(_COUNT.unpack(value)[0])
+
+    def _count_change(self, txn: "Transaction") -> None:
+        txn.put(_GENERATION, _COUNT.pack(self._generation(txn) + 1), db=self._env.table["meta"])
+
+    def _put_record(self, txn: "Transaction", name: bytes, record: ModelRecord) -> None:
+        txn.put(name, msgspec.msgpack.encode(record), db=self._env.table["models"])
+        self._count_change(txn)
+
+    def _blob(self, txn: "Transaction", digest: bytes) -> BlobRecord | None:
+        value = txn.get(digest, db=self._env.table["blobs"])
+        return None if value is None else _unpack(digest.decode(), value)
+
+    def _unlink_row(self, txn: "Transaction", row: bytes) -> None:
+        digest = txn.pop(row, db=self._env.table["spans"])
+        if digest is not None:
+            txn.delete(bytes(digest), row, db=self._env.table["refs"])
+
+    def _referring(self, txn: "Transaction", digest: bytes) -> Iterator[bytes]:
+        refs = txn.cursor(self._env.table["refs"])
+        if refs.set_key(digest):
+            yield from map(bytes, refs.iternext_dup())
+
+
+@lru_cache(1024)
+def _hash(identity: str) -> bytes:
+    return hashlib.sha256(identity.encode()).digest()[:20]
+
+
+def _row(key: SpanKey) -> bytes:
+    return _hash(key.identity) + _BOUNDS.pack(key.start, key.stop)
+
+
+def _key(row: bytes, identities: dict[bytes, str]) -> SpanKey:
+    return SpanKey(identities[row[:20]], *_BOUNDS.unpack_from(row, 20))
+
+
+def _name(name: str) -> bytes:
+    data = name.encode()
+    if not 0 < len(data) <= _LONGEST_KEY:
+        raise UserError(f"the name of a model has 1 to {_LONGEST_KEY} bytes: {name[:80]!r}")
+    return data
+
+
+def _pack(record: BlobRecord) -> bytes:
+    return _BLOB.pack(record.size, len(record.sums) // 8) + record.sums + (record.inline or b"")
+
+
+def _unpack(digest: str, value: memoryview) -> BlobRecord:
+    size, sums = _BLOB.unpack_from(value)
+    start = _BLOB.size + 8 * sums
+    inline = bytes(value[start:]) or None
+    return BlobRecord(digest, size, bytes(value[_BLOB.size : start]), inline)
+
+
+def _size_and_inline(value: memoryview) -> tuple[int, bool]:
+    size, sums = _BLOB.unpack_from(value)
+    return size, len(value) > _BLOB.size + 8 * sums

@@ -1,0 +1,228 @@
+"""Readable bytes of one span, wherever the store has them: in the catalog, in a blob, in a partial still in flight.
+
+Invariant: no byte of a chunk is handed out before this object has seen the whole chunk match its recorded sum (the
+first touch); from then on the chunk costs one slice test. A chunk that does not match is *bad*: it counts as missing,
+is tried again at each later read (so a repair is seen), and never served.
+
+`FileContent` keeps descriptors, so it outlives renaming and unlinking of its file. What it cannot see is a *new* file
+under the old name: when a chunk stays MISSING after it was written, open the content again (`Store.content`).
+
+Any thread may call any method at any time, `close` included.
+"""
+
+import enum
+import errno
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from cakefs.model import CHUNK
+from cakefs.store.files import Descriptor, read_full, scratch
+from cakefs.store.hashes import CHUNK_SHIFT, chunk_count, chunk_size, chunk_sum
+
+_MASK = CHUNK - 1
+_preadv = os.preadv
+
+
+class Outcome(enum.Enum):
+    """What became of a read: all of the buffer is filled, or none of it is valid."""
+
+    DONE = enum.auto()
+    WOULD_BLOCK = enum.auto()
+    MISSING = enum.auto()
+
+
+class Sums(Protocol):
+    """The recorded sums of a span's chunks; 0 where the chunk is missing."""
+
+    def __getitem__(self, chunks: slice) -> Sequence[int]: ...
+
+
+class Content(ABC):
+    """Bytes `[0, size)` of a span; some may be missing."""
+
+    size: int
+
+    @abstractmethod
+    def read_into(self, buffer: memoryview, offset: int, *, wait: bool) -> Outcome:
+        """Fills all of `buffer` from `offset` on.
+
+        Args:
+            wait: False never waits for the disk (WOULD_BLOCK: call again with True, from a thread); where the file
+                system cannot tell whether it would, it reads.
+        """
+
+    @abstractmethod
+    def missing(self, start: int, stop: int) -> list[int]:
+        """Chunks of that byte range which are absent or were found bad, in order.
+
+        A bad one is listed until `read_into` has found it good again.
+        """
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing(0, self.size)
+
+    @abstractmethod
+    def willneed(self, start: int, stop: int) -> None:
+        """Asks the kernel to have that byte range in memory soon."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class InlineContent(Content):
+    """A small blob in memory, checked by whoever made this."""
+
+    def __init__(self, data: bytes) -> None:
+        self.size = len(data)
+        self._data = memoryview(data)
+
+    def read_into(self, buffer: memoryview, offset: int, *, wait: bool) -> Outcome:
+        _check_range(offset, len(buffer), self.size)
+        buffer[:] = self._data[offset : offset + len(buffer)]
+        return Outcome.DONE
+
+    def missing(self, start: int, stop: int) -> list[int]:
+        return []
+
+    def willneed(self, start: int, stop: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class FileContent(Content):
+    """A blob file or a partial.
+
+    Args:
+        sums: One per chunk; those of a partial change as chunks arrive.
+        on_bad: Called with the chunk each time one turns bad.
+    """
+
+    def __init__(self, file: Descriptor, size: int, sums: Sums, on_bad: Callable[[int], None]) -> None:
+        self.size = size
+        self._file: Descriptor | None = file
+        self._sums = sums
+        self._on_bad = on_bad
+        self._checked = bytearray(chunk_count(size))  # 1 = seen to match its sum
+        self._bad: set[int] = set()
+        self._nowait = os.RWF_NOWAIT  # 0 once the file system refused it, as tmpfs does
+
+    def read_into(self, buffer: memoryview, offset: int, *, wait: bool) -> Outcome:
+        size = len(buffer)
+        stop = offset + size
+        if offset < 0 or stop > self.size:
+            _check_range(offset, size, self.size)
+        if self._checked.find(0, offset >> CHUNK_SHIFT, (stop + _MASK) >> CHUNK_SHIFT) >= 0:
+            return self._read_by_chunk(buffer, offset, wait)
+        file = self._opened()
+        try:
+            count = _preadv(file.fd, (buffer,), offset, 0 if wait else self._nowait)
+        except OSError as error:
+            return self._retry(error, buffer, offset, wait)
+        if count == size:
+            return Outcome.DONE
+        if not wait:
+            return Outcome.WOULD_BLOCK
+        return self._read_rest(file, buffer, offset, count)
+
+    def missing(self, start: int, stop: int) -> list[int]:
+        first, last = start >> CHUNK_SHIFT, (min(stop, self.size) + _MASK) >> CHUNK_SHIFT
+        checked, bad = self._checked, self._bad
+        if start >= stop or checked.find(0, first, last) < 0:
+            return []
+        sums = self._sums[first:last]
+        return [i for i in range(first, last) if not checked[i] and (not sums[i - first] or i in bad)]
+
+    def willneed(self, start: int, stop: int) -> None:
+        if stop > start:
+            os.posix_fadvise(self._opened().fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        self._file = None  # a read in another thread holds its own reference
+
+    def _opened(self) -> Descriptor:
+        file = self._file
+        if file is None:
+            raise ValueError("content is closed")
+        return file
+
+    def _read_by_chunk(self, buffer: memoryview, offset: int, wait: bool) -> Outcome:
+        stop = offset + len(buffer)
+        at = offset
+        while at < stop:
+            chunk = at >> CHUNK_SHIFT
+            end = min(stop, (chunk + 1) << CHUNK_SHIFT)
+            part = buffer[at - offset : end - offset]
+            read = self.read_into if self._checked[chunk] else self._first_touch
+            outcome = read(part, at, wait=wait)
+            if outcome is not Outcome.DONE:
+                return outcome
+            at = end
+        return Outcome.DONE
+
+    def _first_touch(self, part: memoryview, at: int, *, wait: bool) -> Outcome:
+        """Reads and checks the whole chunk that `part`, at `at`, lies in."""
+        chunk = at >> CHUNK_SHIFT
+        (expected,) = self._sums[chunk : chunk + 1]
+        if not expected:
+            return Outcome.MISSING
+        start, size = chunk << CHUNK_SHIFT, chunk_size(self.size, chunk)
+        whole = part if len(part) == size else scratch(size)
+        file = self._opened()
+        try:
+            count = read_full(file.fd, whole, start) if wait else _preadv(file.fd, (whole,), start, self._nowait)
+        except BlockingIOError:
+            return Outcome.WOULD_BLOCK
+        except OSError as error:
+            if not wait and error.errno == errno.EOPNOTSUPP and self._nowait:
+                self._nowait = 0
+                return self._first_touch(part, at, wait=False)
+            return self._turn_bad(chunk)
+        if count < size and not wait:
+            return Outcome.WOULD_BLOCK
+        if count < size or chunk_sum(whole) != expected:
+            return self._turn_bad(chunk)
+        if whole is not part:
+            part[:] = whole[at - start : at - start + len(part)]
+        self._checked[chunk] = 1
+        self._bad.discard(chunk)
+        return Outcome.DONE
+
+    def _turn_bad(self, chunk: int) -> Outcome:
+        if chunk not in self._bad:
+            self._bad.add(chunk)
+            self._on_bad(chunk)
+        return Outcome.MISSING
+
+    def _retry(self, error: OSError, buffer: memoryview, offset: int, wait: bool) -> Outcome:
+        """After a failed read of chunks that had been checked."""
+        if not wait:
+            if error.errno == errno.EOPNOTSUPP and self._nowait:
+                self._nowait = 0
+                return self.read_into(buffer, offset, wait=False)
+            return Outcome.WOULD_BLOCK
+        return self._check_again(buffer, offset)
+
+    def _read_rest(self, file: Descriptor, buffer: memoryview, offset: int, done: int) -> Outcome:
+        """After a short read: goes on, unless the file was truncated."""
+        try:
+            if read_full(file.fd, buffer[done:], offset + done) == len(buffer) - done:
+                return Outcome.DONE
+        except OSError:
+            pass  # the chunk that cannot be read is found below
+        return self._check_again(buffer, offset)
+
+    def _check_again(self, buffer: memoryview, offset: int) -> Outcome:
+        """Checked chunks turned out unreadable: forget that they were checked, and find out which."""
+        first, last = offset >> CHUNK_SHIFT, (offset + len(buffer) + _MASK) >> CHUNK_SHIFT
+        self._checked[first:last] = bytes(last - first)
+        return self._read_by_chunk(buffer, offset, True)
+
+
+def _check_range(offset: int, size: int, end: int) -> None:
+    if offset < 0 or offset + size > end:
+        raise ValueError(f"bytes {offset}..{offset + size} of a content of {end}")

@@ -1,0 +1,239 @@
+"""One LMDB environment per process and directory: opening, transactions, growth, and LMDB's errors made ours.
+
+LMDB's locks belong to a process, so an environment must not be opened twice in one: `Environment.open` counts users.
+For the same reason none may cross a fork: a child that touches one gets a RuntimeError. Transactions are short, and
+each belongs to the thread that began it. The map is large and sparse; where the system grants less address space it
+starts small and doubles, for which all other transactions of this process have to be over (the gate).
+"""
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import lmdb
+
+from cakefs.errors import CakeError, CorruptData, StoreFull, UserError
+from cakefs.model import GIB, MIB
+
+# Address space, not disk. A thousand models of a thousand tensors need about 1 GiB.
+MAP_SIZE = 64 * GIB
+SMALLEST_MAP = 16 * MIB
+# One slot per concurrent read transaction of all processes; a slot is 64 bytes.
+MAX_READERS = 512
+MAX_TABLES = 16
+
+_BROKEN = (
+    lmdb.InvalidError,
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.VersionMismatchError,
+    lmdb.PanicError,
+)
+
+T = TypeVar("T")
+if TYPE_CHECKING:
+    Transaction = lmdb.Transaction[memoryview]
+    Table = lmdb._Database
+
+_registry: dict[Path, "Environment"] = {}
+_registry_lock = threading.Lock()
+
+
+class Environment:
+    """LMDB at `path`. Made by `open`, ended by one `close` for each `open`.
+
+    Attributes:
+        table: The handles of the tables, by name.
+        readonly: On a read-only file system: reads work, writes raise UserError.
+    """
+
+    def __init__(self, path: Path, tables: Mapping[str, bool], map_size: int) -> None:
+        self.path = path
+        self.readonly = False
+        self.table: dict[str, Table] = {}
+        self._names = tables
+        self._users = 0
+        self._pid = os.getpid()
+        self._gate = _Gate()
+        self._connect(map_size)
+
+    @classmethod
+    def open(cls, path: Path, tables: Mapping[str, bool], *, map_size: int = MAP_SIZE) -> "Environment":
+        """Opens or creates; `tables` maps names to whether a key has many values.
+
+        Raises:
+            UserError: It may not be read.
+            CorruptData: It is no LMDB environment, or a broken one.
+        """
+        path = path.resolve()
+        with _registry_lock:
+            env = _registry.get(path)
+            if env is None or env._pid != os.getpid():
+                with _translated(path):
+                    env = _registry[path] = cls(path, tables, map_size)
+            env._users += 1
+            return env
+
+    def close(self) -> None:
+        with _registry_lock:
+            self._users -= 1
+            if not self._users and self._pid == os.getpid():
+                del _registry[self.path]
+                self._env.close()
+
+    @contextmanager
+    def read(self) -> Iterator["Transaction"]:
+        """A read transaction. The buffers it hands out end with it: copy what you keep."""
+        self._check_process()
+        try:
+            txn = self._enter_read()
+            try:
+                with txn:
+                    yield txn
+            finally:
+                self._gate.leave()
+        except lmdb.Error as error:
+            raise _catalog_error(error, self.path) from error
+
+    def write(self, work: "Callable[[Transaction], T]") -> T:
+        """Runs `work` in a write transaction and commits it durably. It runs again after the map has grown."""
+        self._check_process()
+        if self.readonly:
+            raise UserError(f"store {self.path.parent} is on a read-only file system: it only serves what it has")
+        with _translated(self.path):
+            while True:
+                try:
+                    return self._write_once(work)
+                except lmdb.MapResizedError:
+                    self._resize(0)
+                except lmdb.MapFullError:
+                    self._resize(2 * self._env.info()["map_size"])
+
+    def _write_once(self, work: "Callable[[Transaction], T]") -> T:
+        self._gate.enter()
+        try:
+            with self._env.begin(write=True, buffers=True) as txn:
+                return work(txn)
+        finally:
+            self._gate.leave()
+
+    def _enter_read(self) -> "Transaction":
+        """Begins a read transaction, inside the gate."""
+        while True:
+            self._gate.enter()
+            try:
+                return self._env.begin(buffers=True)
+            except lmdb.MapResizedError:  # another process made the map larger
+                self._gate.leave()
+                self._resize(0)
+            except BaseException:
+                self._gate.leave()
+                raise
+
+    def _resize(self, map_size: int) -> None:
+        """Enlarges the map; with 0 adopts the size that another process gave it."""
+        with self._gate.alone():
+            before = self._env.info()["map_size"]
+            if 0 < map_size <= before:
+                return  # another thread was here first
+            try:
+                self._env.set_mapsize(map_size)
+            except lmdb.MemoryError as error:
+                self._env.close()  # LMDB has unmapped it already
+                self._connect(before)
+                raise StoreFull(
+                    f"catalog {self.path} cannot grow beyond {before} bytes of address space",
+                    hint="raise the limit of virtual memory (ulimit -v)",
+                ) from error
+
+    def _connect(self, map_size: int) -> None:
+        self._env = self._open_what_fits(map_size)
+        self._env.reader_check()  # slots of killed processes would keep old pages from being reused
+        # Without a transaction of ours: handles opened in a read transaction are lost when py-lmdb resets it for reuse.
+        self.table = {
+            name: self._env.open_db(name.encode(), dupsort=dupsort, create=not self.readonly)
+            for name, dupsort in self._names.items()
+        }
+
+    def _open_what_fits(self, map_size: int) -> lmdb.Environment:
+        while True:
+            try:
+                return self._open_once(map_size, readonly=self.readonly)
+            except (lmdb.Error, OSError) as error:
+                if _code(error) == errno.EROFS and not self.readonly:
+                    self.readonly = True
+                elif _code(error) == errno.ENOMEM and map_size > SMALLEST_MAP:
+                    map_size //= 4
+                else:
+                    raise
+
+    def _open_once(self, map_size: int, *, readonly: bool) -> lmdb.Environment:
+        return lmdb.Environment(
+            str(self.path),
+            map_size=map_size,
+            readonly=readonly,
+            create=not readonly,
+            mode=0o600,
+            max_dbs=MAX_TABLES,
+            max_readers=MAX_READERS,
+            max_spare_txns=4,
+            readahead=False,  # lookups are random: reading ahead would only fill memory
+        )
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():
+            raise RuntimeError("a store does not survive a fork: start the process anew, or open the store after it")
+
+
+class _Gate:
+    """Lets transactions overlap, and a change of the map happen alone."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = 0
+
+    def enter(self) -> None:
+        with self._condition:
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._condition:
+            self._inside -= 1
+            if not self._inside:
+                self._condition.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._inside)
+            yield  # holding the condition: nobody enters
+
+
+def _code(error: Exception) -> int:
+    code = error.errno if isinstance(error, OSError) else getattr(error, "code", 0)
+    return code or 0
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except lmdb.Error as error:
+        raise _catalog_error(error, path) from error
+    except OSError as error:
+        raise UserError(f"cannot open catalog {path}: {error.strerror}", hint="see CAKEFS_STORE") from error
+
+
+def _catalog_error(error: lmdb.Error, path: Path) -> CakeError:
+    code = _code(error)
+    if isinstance(error, lmdb.DiskError) or code in (errno.ENOSPC, errno.EDQUOT):
+        return StoreFull(f"no space left for catalog {path}", hint="free space on that disk, or cakefs gc")
+    if isinstance(error, lmdb.ReadonlyError | lmdb.LockError) or code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return UserError(f"catalog {path} may not be written: {error}", hint="is the store yours? see CAKEFS_STORE")
+    if isinstance(error, _BROKEN):
+        return CorruptData(f"catalog {path} is broken: {error}", hint="move the store away and start a new one")
+    return CakeError(f"catalog {path}: {error}")

@@ -1,0 +1,325 @@
+"""The store as others see it: content by span, chunks in, spans sealed; safe for any number of processes at once.
+
+    format          "cakefs-store 1"
+    catalog/        LMDB (catalog.py)
+    blobs/ab/<hex>  sealed bytes (blobs.py)
+    partial/        spans in flight (partial.py)
+    quarantine/     blobs that a published SHA-256 proved wrong, until the next sweep
+    run/            leases of running processes (lease.py)
+    *.lock          flocks: names.lock (blobs.py), run.lock (lease.py), gc.lock (`Store.guard`)
+
+Locks are taken in this order: partials' (by name, where several), names.lock, LMDB's writer.
+What a crash leaves is either used again (partials) or removed by `sweep`; opening scans nothing.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial as bind
+from pathlib import Path
+
+from cakefs.errors import CakeError, CorruptData
+from cakefs.model import CHUNK, INLINE_LIMIT, Digest, SpanKey
+from cakefs.store import lease as leases
+from cakefs.store import upkeep
+from cakefs.store.blobs import Blobs, Candidate, inspect
+from cakefs.store.catalog import BlobRecord, Catalog
+from cakefs.store.content import Content, FileContent, InlineContent
+from cakefs.store.environment import MAP_SIZE
+from cakefs.store.files import locked, read_full, translated
+from cakefs.store.hashes import CHUNK_SHIFT, DigestHasher, chunk_count, chunk_size, chunk_sum
+from cakefs.store.layout import open_layout
+from cakefs.store.partial import Partial, local_size, open_partial, partial_name
+
+# Partials sealed in one transaction; each has two descriptors open, so this stays below the usual limit of 1024.
+SEAL_BATCH = 256
+# Identity under which literals are kept: followed by the SHA-256 of their bytes.
+LITERAL = "literal:"
+
+_log = logging.getLogger("cakefs.store")
+
+
+class Store:
+    """Made by `open`. Any thread may use it; no process may use one across a fork.
+
+    Whatever changes the store raises StoreFull when the disk is full, and then has changed nothing.
+    """
+
+    def __init__(self, path: Path, catalog: Catalog) -> None:
+        self.path = path
+        self.catalog = catalog
+        self.partial_path = path / "partial"
+        self.run_path = path / "run"
+        self.blobs = Blobs(path / "blobs", path / "names.lock", path / "quarantine", catalog)
+
+    @classmethod
+    def open(cls, path: Path, *, create: bool = True, map_size: int = MAP_SIZE) -> "Store":
+        """Raises UserError: no store and not to be made, a newer format, or no access."""
+        open_layout(path, create=create)
+        return cls(path, Catalog.open(path / "catalog", map_size=map_size))
+
+    def close(self) -> None:
+        self.catalog.close()
+
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Reading
+
+    def content(self, key: SpanKey) -> Content | None:
+        """The span's bytes as far as they are here; None when nothing is.
+
+        A blob whose file is gone or of the wrong size is forgotten.
+        """
+        with translated(f"open bytes {key.start}..{key.stop} of {key.identity} in {self.path}"):
+            while True:
+                record = self.catalog.find(key)
+                if record is not None:
+                    if (content := self._blob_content(key, record)) is not None:
+                        return content
+                    self._forget(record)
+                partial = self._partial_content(key)
+                # Sealed between the two looks: then there is a record now.
+                if partial is not None or self._record(key) is None:
+                    return partial
+
+    def has(self, key: SpanKey) -> bool:
+        """True when the span is sealed."""
+        return bool(self.catalog.recorded([key]))
+
+    def local_bytes(self, keys: Iterable[SpanKey]) -> int:
+        """How many bytes of these spans are here, sealed or in flight. Opens no blob."""
+        wanted = set(keys)
+        sealed = self.catalog.recorded(wanted)
+        with translated(f"read {self.partial_path}"):
+            started = {name.partition(".")[0] for name in os.listdir(self.partial_path)}
+            flying = [key for key in wanted - sealed if started and partial_name(key) in started]
+            return sum(key.size for key in sealed) + sum(local_size(self.partial_path, key) for key in flying)
+
+    def literal(self, digest: Digest) -> bytes:
+        """Raises CorruptData when the bytes are gone or no longer match."""
+        record = self.catalog.blob(digest)
+        data = b"" if record is None else self._whole(record)
+        hasher = DigestHasher()
+        hasher.update(data)
+        if not data or hasher.digest() != digest.partition("-")[0]:
+            raise CorruptData(f"literal {digest} is gone or damaged in {self.path}", hint="cakefs add the model again")
+        return data
+
+    # Writing
+
+    def write_chunk(self, key: SpanKey, chunk: int, data: bytes | bytearray | memoryview) -> bool:
+        """Keeps a chunk of the span, unless it is here and good.
+
+        Of a sealed span only a damaged chunk is replaced, by the very bytes that were sealed.
+
+        Returns: True when the span is complete and waits for `seal`.
+        Raises: CorruptData: The span is sealed, and these bytes are not the ones that were sealed.
+        """
+        if len(data) != chunk_size(key.size, chunk) or not 0 <= chunk < chunk_count(key.size):
+            raise ValueError(f"{len(data)} bytes for chunk {chunk} of {key}")
+        with translated(f"write to {self.path}"):
+            while True:
+                record = self._record(key)
+                if record is not None:
+                    self._repair(key, record, chunk, data)
+                    return False
+                with self._lock(key) as partial:
+                    # Whoever seals keeps the lock until the record is there.
+                    if self._record(key) is None:
+                        return partial.write(chunk, data)
+                    partial.discard()
+
+    def seal(self, keys: Iterable[SpanKey]) -> list[SpanKey]:
+        """Publishes the complete ones as blobs, many at a time.
+
+        Returns: Those that are sealed now, by us or before. A chunk that does not match its sum becomes missing, and
+            its span stays a partial.
+        """
+        ordered = sorted(set(keys), key=partial_name)  # the order of locks
+        sealed: list[SpanKey] = []
+        with translated(f"write to {self.path}"):
+            for first in range(0, len(ordered), SEAL_BATCH):
+                sealed += self._seal_batch(ordered[first : first + SEAL_BATCH])
+        return sealed
+
+    def put_span(self, key: SpanKey, data: bytes) -> None:
+        self.put_spans([(key, data)])
+
+    def put_spans(self, spans: Iterable[tuple[SpanKey, bytes]]) -> None:
+        """Seals whole spans; those that are sealed already are left as they are."""
+        small: dict[SpanKey, Candidate] = {}
+        large: list[SpanKey] = []
+        with translated(f"write to {self.path}"):
+            for key, data in spans:
+                if len(data) != key.size or not data:
+                    raise ValueError(f"{len(data)} bytes for {key}")
+                if self._record(key) is not None:
+                    continue
+                if len(data) <= INLINE_LIMIT:
+                    small[key] = Candidate.of_bytes(key, bytes(data))
+                else:
+                    self._write_whole(key, data)
+                    large.append(key)
+            if small:
+                self.blobs.publish(list(small.values()))
+        self.seal(large)
+
+    def put_literal(self, data: bytes) -> Digest:
+        """Keeps bytes that no upstream file has."""
+        key = SpanKey(LITERAL + hashlib.sha256(data).hexdigest(), 0, len(data))
+        self.put_span(key, data)
+        record = self.catalog.find(key)
+        if record is None:
+            raise CakeError(f"literal of {len(data)} bytes vanished from {self.path} at once")
+        return record.digest
+
+    # Removing
+
+    def drop_span(self, key: SpanKey) -> None:
+        """Forgets what is here of the span: its bytes are known to be wrong. A blob nobody else has is put aside."""
+        with translated(f"write to {self.path}"):
+            self.drop_partial(key)
+            self.blobs.quarantine(key)
+
+    def drop_partial(self, key: SpanKey) -> None:
+        with translated(f"write to {self.path}"):
+            partial = Partial.lock(self.partial_path, key, create=False)
+            if partial is not None:
+                with partial:
+                    partial.discard()
+
+    def delete_blobs(self, digests: Sequence[str]) -> int:
+        """Deletes those that no span names (`catalog.forget_spans` comes first). Returns: their bytes."""
+        with translated(f"write to {self.path}"):
+            return self.blobs.delete(digests)
+
+    # Upkeep: work that grows with the store
+
+    def partials(self) -> Iterator[tuple[SpanKey, int]]:
+        """The spans in flight, with the bytes that each takes on disk."""
+        return upkeep.partials(self.partial_path)
+
+    def usage(self) -> upkeep.Usage:
+        return upkeep.usage(self.catalog, self.partial_path)
+
+    def sweep(self) -> int:
+        """Removes what nobody will ever use: debris of crashes, quarantined blobs, leases of the dead.
+
+        Safe beside anything that other processes do. Returns: the bytes freed on disk.
+        """
+        with translated(f"clear up {self.path}"):
+            self.leased()
+            return (
+                upkeep.sweep_partials(self.catalog, self.partial_path)
+                + upkeep.sweep_blobs(self.catalog, self.blobs)
+                + upkeep.sweep_directory(self.path / "quarantine")
+            )
+
+    # Processes
+
+    def lease(self) -> leases.Lease:
+        """Tells other processes which manifests this one serves."""
+        return leases.Lease(None) if self.catalog.readonly else leases.new_lease(self.run_path)
+
+    def leased(self) -> set[str]:
+        """Manifests that a living process holds."""
+        return leases.leased(self.run_path)
+
+    def guard(self, *, exclusive: bool = False) -> AbstractContextManager[None]:
+        """Held by gc (exclusive), and by whoever has stored bytes that no model names yet, such as `add`."""
+        return locked(self.path / "gc.lock", shared=not exclusive)
+
+    # Within
+
+    def _record(self, key: SpanKey) -> BlobRecord | None:
+        """The record of the span's blob, if that can be used; else the blob is forgotten."""
+        record = self.catalog.find(key)
+        if record is None or self.blobs.usable(record):
+            return record
+        self._forget(record)
+        return None
+
+    def _forget(self, record: BlobRecord) -> None:
+        _log.warning("blob %s is gone or damaged as a whole: it will be fetched again", record.digest)
+        if not self.catalog.readonly:
+            try:
+                self.blobs.forget(record)
+            except CakeError as error:  # a full disk must not fail a read
+                _log.warning("%s", error)
+
+    def _blob_content(self, key: SpanKey, record: BlobRecord) -> Content | None:
+        if record.inline is not None:
+            return InlineContent(record.inline) if self.blobs.usable(record) else None
+        file = self.blobs.open(record)
+        sums = memoryview(record.sums).cast("Q")
+        return None if file is None else FileContent(file, record.size, sums, bind(_report, key))
+
+    def _partial_content(self, key: SpanKey) -> Content | None:
+        found = open_partial(self.partial_path, key)
+        return None if found is None else FileContent(found.data, key.size, found.sums, bind(_report, key))
+
+    def _whole(self, record: BlobRecord) -> bytes:
+        """All bytes of a blob; fewer when the disk has fewer."""
+        if record.inline is not None:
+            return record.inline
+        file = self.blobs.open(record)
+        if file is None:
+            return b""
+        data = bytearray(record.size)
+        return bytes(data[: read_full(file.fd, memoryview(data), 0)])
+
+    def _lock(self, key: SpanKey) -> Partial:
+        partial = Partial.lock(self.partial_path, key, create=True)
+        assert partial is not None
+        return partial
+
+    def _write_whole(self, key: SpanKey, data: bytes) -> None:
+        view = memoryview(data)
+        with self._lock(key) as partial:
+            for chunk in range(chunk_count(key.size)):
+                partial.write(chunk, view[chunk << CHUNK_SHIFT :][:CHUNK])
+
+    def _seal_batch(self, keys: Sequence[SpanKey]) -> list[SpanKey]:
+        sealed: list[SpanKey] = []
+        with ExitStack() as locks:
+            complete: dict[SpanKey, Partial] = {}
+            for key in keys:
+                partial = Partial.lock(self.partial_path, key, create=False)
+                if partial is not None:
+                    locks.enter_context(partial)
+                if self._record(key) is not None:
+                    sealed.append(key)
+                    if partial is not None:
+                        partial.discard()
+                elif partial is not None and partial.complete:
+                    complete[key] = partial
+            if complete:
+                candidates = inspect(list(complete.values()), self.blobs.known)
+                self.blobs.publish(candidates)
+                for candidate in candidates:
+                    complete[candidate.key].discard()
+                    sealed.append(candidate.key)
+        return sealed
+
+    def _repair(self, key: SpanKey, record: BlobRecord, chunk: int, data: bytes | bytearray | memoryview) -> None:
+        if record.inline is not None:
+            return  # checked as a whole by _record
+        expected = memoryview(record.sums).cast("Q")[chunk]
+        if chunk_sum(data) != expected:
+            raise CorruptData(
+                f"chunk {chunk} of bytes {key.start}..{key.stop} of {key.identity} is not what {record.digest} has",
+                hint="cakefs verify --repair",
+            )
+        self.blobs.rewrite(record, chunk, data)
+
+
+def _report(key: SpanKey, chunk: int) -> None:
+    start = key.start + (chunk << CHUNK_SHIFT)
+    stop = min(key.stop, start + CHUNK)
+    _log.warning("bytes %d..%d of %s do not match their recorded sum: to be fetched again", start, stop, key.identity)

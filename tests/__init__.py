@@ -1,0 +1,1 @@
+"""Tests of cakefs: behaviour through the public surface."""

@@ -1,0 +1,249 @@
+"""add, read, pull against a real hub on loopback, with real transfer processes; no mount."""
+
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from cakefs.app import App, open_app
+from cakefs.config import Config
+from cakefs.engine import jobs
+from cakefs.engine.library import Library
+from cakefs.engine.sources import default_name, parse_source
+from cakefs.errors import InvalidFormat, RemoteUnavailable
+from cakefs.model import CHUNK, View
+from tests.hub import Hub
+from tests.models import CONFIG, llama, sharded, single, tensor
+
+Body = Callable[[App], Awaitable[None]]
+
+
+def run(hub: Hub, store: Path, body: Body, **settings: object) -> None:
+    """Runs a body inside an app over a store, with the hub as the Hub."""
+    values: dict[str, object] = {"store": store, "mountpoint": store / "mnt", "endpoint": hub.endpoint}
+    config = Config(**(values | {"workers": 1, "read_timeout_s": 5.0} | settings))  # type: ignore[arg-type]
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            async with open_app(config) as app:
+                await body(app)
+
+    trio.run(main)
+
+
+async def add(app: App, text: str, name: str | None = None) -> str:
+    source = parse_source(text, None)
+    return (await app.add(source, name or default_name(source))).manifest_id
+
+
+async def read_file(library: Library, name: str, path: str, view: View = View.MODEL, step: int = 100_000) -> bytes:
+    manifest_id = library.names()[name]
+    file = library.manifest(manifest_id).shown(view)[path]
+    reader = library.open(manifest_id, file)
+    pieces = []
+    for offset in range(0, file.size, step):
+        hit = reader.try_read(offset, step)
+        pieces.append(bytes(hit if hit is not None else await reader.read(offset, step)))
+    reader.close()
+    return b"".join(pieces)
+
+
+async def read_model(app: App, name: str = "org/name", path: str = "model.safetensors", **how: object) -> bytes:
+    async with app.library() as library:
+        return await read_file(library, name, path, **how)  # type: ignore[arg-type]
+
+
+def big(tensors: int = 3, size: int = 3 * CHUNK + 12_345) -> dict[str, object]:
+    return {f"t{i}": tensor(i, size // 4) for i in range(tensors)}
+
+
+def test_a_single_file_reads_byte_identical(hub: Hub, tmp_path: Path) -> None:
+    published = single(llama())
+    hub.add_repo("org/name", {"config.json": CONFIG, "model.safetensors": published})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        assert await read_model(app) == published
+        assert await read_model(app, path="config.json") == CONFIG
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_shards_read_as_one_canonical_file_and_originals_as_published(hub: Hub, tmp_path: Path) -> None:
+    tensors = llama(4)
+    files = sharded(tensors, 3)
+    hub.add_repo("org/name", files)
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        assert await read_model(app) == single(tensors)
+        for path, published in files.items():
+            assert await read_model(app, path=path, view=View.ORIGINAL) == published
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_the_second_read_asks_nothing_also_in_another_process_and_offline(hub: Hub, tmp_path: Path) -> None:
+    published = single(big())
+    hub.add_repo("org/name", {"model.safetensors": published})
+
+    async def first(app: App) -> None:
+        await add(app, "org/name")
+        assert await read_model(app) == published
+        hub.reset()
+        assert await read_model(app) == published
+
+    async def later(app: App) -> None:
+        assert await read_model(app) == published
+
+    run(hub, tmp_path / "store", first)
+    run(hub, tmp_path / "store", later)
+    run(hub, tmp_path / "store", later, offline=True)
+    assert hub.requests == []
+
+
+def test_a_tensor_of_another_model_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    """Known before transfer only for equal files; stored once in any case."""
+    files = sharded(llama(4), 2)
+    hub.add_repo("org/base", files)
+    shared = "model-00001-of-00002.safetensors"
+    hub.add_repo("org/tune", files)
+
+    async def body(app: App) -> None:
+        await add(app, "org/base")
+        await read_model(app, "org/base")
+        hub.reset()
+        await add(app, "org/tune")
+        assert await read_model(app, "org/tune") == await read_model(app, "org/base")
+        assert hub.sent(shared) == 0
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_equal_tensors_of_different_files_are_stored_once(hub: Hub, tmp_path: Path) -> None:
+    one, other = big(3), big(3) | {"extra": tensor(99, 5000)}
+    hub.add_repo("org/one", {"model.safetensors": single(one)})
+    hub.add_repo("org/other", {"model.safetensors": single(other)})
+
+    async def body(app: App) -> None:
+        for name in ("org/one", "org/other"):
+            await add(app, name)
+            manifest = app.model(name)
+            await jobs.pull(app.store, app.fetcher, manifest, manifest.files, lambda _: None)
+        blobs = sum(size for _, size, _ in app.store.catalog.blobs())
+        distinct = sum(t.nbytes for t in other.values())
+        assert distinct <= blobs < distinct + 10_000
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_a_small_read_fetches_one_chunk(hub: Hub, tmp_path: Path) -> None:
+    published = single({"t": tensor(1, 8 * CHUNK // 4)})
+    hub.add_repo("org/name", {"model.safetensors": published})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        hub.reset()
+        async with app.library() as library:
+            manifest_id = library.names()["org/name"]
+            reader = library.open(manifest_id, library.manifest(manifest_id).shown(View.MODEL)["model.safetensors"])
+            place = len(published) - 4 * CHUNK
+            assert bytes(await reader.read(place, 4096)) == published[place : place + 4096]
+        assert hub.sent("model.safetensors") <= CHUNK
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_the_published_sha256_is_confirmed_when_the_file_is_complete(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo("org/name", {"model.safetensors": single(big())})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        manifest = app.model("org/name")
+        await jobs.pull(app.store, app.fetcher, manifest, manifest.files, lambda _: None)
+        known = app.store.catalog.verified(manifest.sources[0].identity)
+        assert known is not None and known.ok
+        assert app.fetcher.counters.confirmed == 1
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_corrupt_bytes_are_found_when_the_file_completes_and_fetched_again(
+    hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    published = single(big())
+    hub.add_repo("org/name", {"model.safetensors": published})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        manifest = app.model("org/name")
+        hub.fault("corrupt", "model.safetensors", times=1, after=1000)
+        await jobs.pull(app.store, app.fetcher, manifest, manifest.files, lambda _: None)
+        assert app.fetcher.counters.refuted == 1
+        assert await read_model(app) == published
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_offline_says_what_is_missing(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo("org/name", {"model.safetensors": single(big())})
+
+    async def online(app: App) -> None:
+        await add(app, "org/name")
+
+    async def offline(app: App) -> None:
+        with pytest.raises(RemoteUnavailable, match=r"model.safetensors of org/name is not all local"):
+            await read_model(app)
+
+    run(hub, tmp_path / "store", online)
+    run(hub, tmp_path / "store", offline, offline=True)
+
+
+def test_an_index_that_breaks_its_rules_leaves_no_model(hub: Hub, tmp_path: Path) -> None:
+    files = sharded(llama(), 2)
+    hub.add_repo("org/name", files | {"model.safetensors.index.json": b'{"weight_map": {"t": "../../etc/passwd"}}'})
+
+    async def body(app: App) -> None:
+        with pytest.raises(InvalidFormat, match=r"model.safetensors.index.json"):
+            await add(app, "org/name")
+        assert app.store.catalog.models() == {}
+
+    run(hub, tmp_path / "store", body)
+
+
+@pytest.mark.parametrize("kind", ["drop", "short", "500", "wrong-range", "reset", "expired"])
+def test_a_passing_fault_in_the_middle_is_not_seen_by_the_reader(hub: Hub, tmp_path: Path, kind: str) -> None:
+    published = single(big())
+    hub.add_repo("org/name", {"model.safetensors": published})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        hub.fault(kind, "model.safetensors", times=2, after=200_000)
+        assert await read_model(app) == published
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_a_killed_transfer_process_is_replaced_and_its_flights_are_taken_over(hub: Hub, tmp_path: Path) -> None:
+    published = single(big(4))
+    hub.add_repo("org/name", {"model.safetensors": published})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        hub.shape(rate=20_000_000, latency=0.01)
+
+        async def kill() -> None:
+            await trio.to_thread.run_sync(partial(hub.wait_for, "model.safetensors", 4))
+            (pid,) = app.fetcher.pids()
+            os.kill(pid, signal.SIGKILL)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(kill)
+            assert await read_model(app) == published
+        assert app.fetcher.counters.worker_deaths == 1
+
+    run(hub, tmp_path / "store", body)

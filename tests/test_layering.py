@@ -1,0 +1,95 @@
+"""Imports point down only: the picture of the layers, as a table that every import statement is held against."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import cakefs
+
+LEAVES = {"model", "errors"}
+PURE = LEAVES | {"formats", "plan"}  # these may not touch IMPURE of the standard library either
+IMPURE = {"os", "time", "logging"}
+
+# part -> what it may import: parts of cakefs, then third-party names. msgspec is for all.
+ALLOWED: dict[str, set[str]] = {
+    "__init__": set(),
+    "errors": set(),
+    "model": {"errors"},
+    "config": {"errors", "platformdirs"},
+    "formats": LEAVES,
+    "plan": LEAVES | {"formats"},
+    "store": PURE | {"lmdb", "xxhash"},
+    "remotes": PURE | {"trio", "httpx", "huggingface_hub"},
+    "engine": PURE | {"config", "store", "remotes", "trio"},
+    "app": PURE | {"config", "store", "remotes", "engine", "trio", "huggingface_hub"},
+    "fs": PURE | {"config", "trio", "pyfuse3"},
+    "cli": PURE | {"config", "store", "engine", "app", "fs", "trio", "rich"},
+    "__main__": {"cli"},
+}
+
+
+def imported(source: str, path: Path) -> Iterator[str]:
+    """The part of cakefs, or the library, that each import of a module names; relative ones resolved."""
+    package = ["cakefs", *path.parts[:-1]]
+    for node in ast.walk(ast.parse(source)):
+        names: list[list[str]] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base = [*base, *(node.module.split(".") if node.module else [])]
+            names = [[*base, alias.name] for alias in node.names]
+        yield from (name[1] if name[0] == "cakefs" and len(name) > 1 else name[0] for name in names)
+
+
+def violations(source: str, path: Path) -> list[str]:
+    part = path.parts[0].removesuffix(".py")
+    if part not in ALLOWED:
+        return [f"{path}: {part} is not in the table"]
+    standard = sys.stdlib_module_names - (IMPURE if part in PURE else set())
+    allowed = ALLOWED[part] | standard | {part, "msgspec", "cakefs", "__version__"}
+    return [f"{path}: {part} may not import {name}" for name in imported(source, path) if name not in allowed]
+
+
+def test_imports_point_down_only() -> None:
+    root = Path(cakefs.__file__).parent
+    found = [v for path in root.rglob("*.py") for v in violations(path.read_text(), path.relative_to(root))]
+    assert found == []
+
+
+def test_table_has_no_cycle() -> None:
+    TopologicalSorter(ALLOWED).prepare()  # raises CycleError; what is imported is a subset of it
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import os.path",
+        "from time import monotonic",
+        "def late():\n    import trio",
+        "import cakefs.store.store",
+        "from cakefs.store import store",
+        "from cakefs import engine",
+        "from .. import engine",
+        "from ..engine.read import FileReader",
+    ],
+)
+def test_violation_is_found(source: str) -> None:
+    assert len(violations(source, Path("plan/layout.py"))) == 1
+
+
+def test_what_is_allowed_is_not_reported() -> None:
+    fine = "import bisect, msgspec\nfrom . import ranges\nfrom .ranges import split\nfrom ..model import Span"
+    assert violations(fine, Path("plan/layout.py")) == []
+    assert violations("", Path("surprise.py")) == ["surprise.py: surprise is not in the table"]
+
+
+@pytest.mark.parametrize(
+    ("library", "only"), [("pyfuse3", "fs"), ("lmdb", "store"), ("xxhash", "store"), ("httpx", "remotes")]
+)
+def test_library_of_one_part(library: str, only: str) -> None:
+    assert [part for part in ALLOWED if not violations(f"import {library}", Path(part, "x.py"))] == [only]

@@ -1,0 +1,112 @@
+"""What is fetched ahead of a reader, from its pattern alone."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cakefs.model import MIB, ByteRange
+from cakefs.plan.readahead import FIRST_WINDOW, HEAD_LIMIT, LAST_WINDOW, Readahead
+
+TENSOR = 16 * MIB
+SIZE = 100 * TENSOR
+STARTS = range(0, SIZE, TENSOR)
+KERNEL = 128 * 1024
+
+
+def total(ranges: list[ByteRange]) -> int:
+    return sum(r.size for r in ranges)
+
+
+def test_a_jump_inside_a_tensor_wants_nothing() -> None:
+    ahead = Readahead(STARTS, SIZE)
+    for place in (3 * TENSOR + MIB, 50 * TENSOR + 5 * MIB, 7 * TENSOR + 9 * MIB):
+        assert ahead.observe(place, 4096) == []
+
+
+def test_the_first_head_wants_its_tensor_only() -> None:
+    ahead = Readahead(STARTS, SIZE)
+    assert ahead.observe(5 * TENSOR, 4096) == [ByteRange(5 * TENSOR + 4096, 6 * TENSOR)]
+
+
+def test_a_huge_tensor_is_not_wanted_whole_at_its_first_touch() -> None:
+    ahead = Readahead([0], 10 * HEAD_LIMIT)
+    assert ahead.observe(0, 4096) == [ByteRange(4096, 4096 + HEAD_LIMIT)]
+
+
+def test_a_read_around_a_head_says_nothing_about_the_tensor_before() -> None:
+    ahead = Readahead(STARTS, SIZE)
+    (wanted,) = ahead.observe(5 * TENSOR - KERNEL // 2, KERNEL)
+    assert wanted == ByteRange(5 * TENSOR + KERNEL // 2, 6 * TENSOR)
+
+
+def test_every_head_of_a_walk_widens_the_window() -> None:
+    ahead = Readahead(STARTS, SIZE)
+    wanted = [ByteRange(0, 0)]
+    for tensor in range(6):
+        wanted += ahead.observe(tensor * TENSOR, 4096)
+    assert max(r.stop for r in wanted) - 5 * TENSOR >= 8 * FIRST_WINDOW
+
+
+def test_a_run_doubles_its_window_up_to_the_limit() -> None:
+    ahead = Readahead([0], 100 * LAST_WINDOW)
+    position, frontier = 50 * MIB, 0
+    ahead.observe(position, KERNEL)
+    for _ in range(20_000):
+        position += KERNEL
+        for wanted in ahead.observe(position, KERNEL):
+            frontier = wanted.stop
+    assert LAST_WINDOW // 2 <= frontier - position <= LAST_WINDOW
+
+
+def test_reading_the_header_wants_nothing() -> None:
+    header = 300_000
+    ahead = Readahead([header, header + TENSOR], header + 2 * TENSOR)
+    for offset in range(0, header, KERNEL):
+        assert ahead.observe(offset, KERNEL) == []
+    assert ahead.observe(3 * KERNEL, KERNEL) != []
+
+
+def test_the_same_head_again_is_no_news() -> None:
+    ahead = Readahead(STARTS, SIZE)
+    for _ in range(10):
+        ahead.observe(5 * TENSOR, 4096)
+    (wanted,) = ahead.observe(40 * TENSOR, 4096)
+    assert wanted.size <= TENSOR + FIRST_WINDOW
+
+
+def test_two_runs_at_once_are_told_apart() -> None:
+    ahead = Readahead([0], SIZE)
+    places = [MIB, SIZE // 2]
+    wanted: list[list[ByteRange]] = [[], []]
+    for step in range(8):
+        for reader, place in enumerate(places):
+            wanted[reader] += ahead.observe(place + step * KERNEL, KERNEL)
+    assert all(wanted)
+    assert wanted[1][0].start > SIZE // 2
+
+
+def test_after_a_failure_the_same_may_be_asked_for_again() -> None:
+    ahead = Readahead(STARTS, SIZE)
+    first = ahead.observe(5 * TENSOR, 4096)
+    assert ahead.observe(5 * TENSOR, 4096) == []
+    ahead.forget()
+    assert ahead.observe(5 * TENSOR, 4096) == first
+
+
+@given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, MIB)), max_size=60))
+def test_nothing_is_asked_for_twice_or_past_the_end(reads: list[tuple[int, int]]) -> None:
+    ahead = Readahead(STARTS, SIZE)
+    asked: list[ByteRange] = []
+    for offset, size in reads:
+        for wanted in ahead.observe(offset, min(size, SIZE - offset)):
+            assert 0 <= wanted.start < wanted.stop <= SIZE
+            assert all(wanted.stop <= a.start or a.stop <= wanted.start for a in asked)
+            asked.append(wanted)
+
+
+@given(st.integers(1, SIZE // KERNEL - 1))
+def test_a_run_from_anywhere_is_covered_to_the_end(first: int) -> None:
+    ahead = Readahead(STARTS, SIZE)
+    covered = 0
+    for offset in range(first * KERNEL, SIZE, MIB):
+        covered += total(ahead.observe(offset, min(MIB, SIZE - offset)))
+    assert covered >= SIZE - first * KERNEL - 4 * MIB

@@ -1,0 +1,55 @@
+"""README.md is true: its tables are those of the code, and each sentence of its Semantics names a test that exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from cakefs import errors
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    found = re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.M | re.S)
+    assert found, f"README has no section {title}"
+    return found[1]
+
+
+def all_tests() -> set[str]:
+    names = set()
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+                names.add(node.name)
+    return names
+
+
+def test_each_sentence_of_the_semantics_names_a_test_that_exists() -> None:
+    bullets = re.findall(r"^- (.*?)(?=^- |^\S|\Z)", section("Semantics"), re.M | re.S)
+    assert len(bullets) > 10
+    existing = all_tests()
+    for bullet in bullets:
+        named = re.findall(r"`(test_\w+)`", bullet)
+        assert named, f"names no test: {bullet}"
+        assert set(named) <= existing, f"no such test: {sorted(set(named) - existing)}"
+
+
+def test_the_table_of_errors_is_that_of_the_code() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (\w+|–) \| (\d+) \|", section("Errors and exit codes"), re.M)
+    import errno
+
+    for name, code, exit_code in rows:
+        kind = getattr(errors, name)
+        assert kind.exit_code == int(exit_code), name
+        assert code == "–" or kind.errno == getattr(errno, code), name
+    classes = {n for n, k in vars(errors).items() if isinstance(k, type) and issubclass(k, errors.CakeError)}
+    assert {name for name, _, _ in rows} == classes - {"CakeError"}
+
+
+def test_every_command_has_a_row_and_every_row_a_command() -> None:
+    main = pytest.importorskip("cakefs.cli.main")
+    rows = set(re.findall(r"^\| `cakefs (\w+)", section("Commands"), re.M))
+    assert rows == set(main.COMMANDS)

@@ -1,0 +1,224 @@
+"""The scripts of the README, run against a stand-in for Python and apt-get that writes down what it is asked."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = [*sorted((ROOT / "scripts").iterdir()), ROOT / ".ci/run"]
+BASH_SCRIPTS = [path for path in SCRIPTS if path.is_file() and path.read_bytes().startswith(b"#!/usr/bin/env bash\n")]
+TOOLS = ("bash", "cat", "cp", "dirname", "env", "flock", "ln", "mkdir", "readlink", "rm", "sed", "sha256sum", "sleep")
+NEEDED = (*TOOLS, "touch", "true", "uname")
+
+# Answers what scripts/setup asks of a Python; `-m venv` makes a .venv whose python is this file again.
+PYTHON = """#!/bin/bash
+here=${PATH%%:*} all="$*"
+case "$*" in
+  *sys._base_executable*) echo 3.11 /usr/bin/python3.11 ;;
+  *ensurepip*) [ -e "$LOG.venv" ] ;;
+  *Python.h*) [ -e "$LOG.headers" ] ;;
+  "-m venv --clear"*) echo venv >>"$LOG"; rm -rf .venv; mkdir -p .venv/bin; cp "$here/python3" .venv/bin/python ;;
+  *"pip "*--dry-run*) exit 1 ;;
+  *"pip "*) echo "pip ${all##*--no-input }" >>"$LOG"; cp "$here/true" .venv/bin/cakefs; [ ! -e "$LOG.broken" ] ;;
+  *"- torch") echo torch==2.13.0 ;;
+  *"- pyfuse3") echo pyfuse3 ;;
+esac
+"""
+APT = """#!/bin/bash
+all="$*"
+echo "apt ${all##*=120 }" >>"$LOG"
+case "$*" in *venv*) touch "$LOG.venv" ;; *fuse3*) cp "$(dirname "$0")/true" "$(dirname "$0")/fusermount3" ;; esac
+"""
+
+
+class Machine:
+    """A copy of the tree's scripts on a machine with just the programs they need."""
+
+    def __init__(self, place: Path) -> None:
+        self.tree, self.bin, self.log = place / "tree", place / "bin", place / "log"
+        shutil.copytree(ROOT / "scripts", self.tree / "scripts")
+        shutil.copy(ROOT / "pyproject.toml", self.tree)
+        self.bin.mkdir()
+        for name in NEEDED:
+            found = shutil.which(name)
+            assert found, name
+            (self.bin / name).symlink_to(found)
+        self.program("python3", PYTHON)
+        self.program("apt-get", APT)
+        self.program("id", "#!/bin/bash\necho 0\n")
+
+    def program(self, name: str, text: str) -> None:
+        path = self.bin / name
+        path.unlink(missing_ok=True)
+        path.write_text(text)
+        path.chmod(0o755)
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        environ = {"PATH": str(self.bin), "HOME": str(self.tree.parent / "home"), "LOG": str(self.log), "CI": "true"}
+        return subprocess.run(
+            ["bash", *command],
+            cwd=self.tree,
+            env=environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    def done(self) -> list[str]:
+        """What was asked of apt-get, venv and pip since the last call."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        self.log.unlink(missing_ok=True)
+        return lines
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("script", BASH_SCRIPTS, ids=lambda path: path.name)
+def test_script_parses_and_is_executable(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], capture_output=True, check=False).stderr == b""
+    assert os.access(script, os.X_OK)
+
+
+def test_the_promised_scripts_are_there() -> None:
+    assert {"setup", "mount", "test", "check", "run"} <= {path.name for path in BASH_SCRIPTS}
+
+
+def test_no_script_names_a_host() -> None:
+    for path in SCRIPTS:
+        if path.is_file():
+            assert not re.findall(r"https?://|--index-url|--extra-index|--find-links", path.read_text()), path
+
+
+def test_help_of_mount_sets_nothing_up(machine: Machine) -> None:
+    told = machine.run("scripts/mount", "--help")
+    assert told.returncode == 0
+    assert "scripts/mount [MOUNTPOINT]" in told.stdout
+    assert not (machine.tree / ".venv").exists()
+    assert machine.done() == []
+
+
+def test_fresh_machine(machine: Machine) -> None:
+    told = machine.run("scripts/setup")
+    assert told.returncode == 0, told.stderr
+    assert machine.done() == [
+        "apt update",
+        "apt install -y --no-install-recommends fuse3",
+        "apt install -y --no-install-recommends python3.11-venv",
+        "venv",
+        "apt install -y --no-install-recommends libfuse3-dev pkg-config gcc libc6-dev python3.11-dev",
+        "pip install -e .",
+    ]
+    assert "installing system packages with apt-get: fuse3" in told.stderr
+    assert told.stdout == ""
+
+
+def ready(machine: Machine, *arguments: str) -> None:
+    for name in ("fusermount3", "mkfs.ext4", "pkg-config", "gcc"):
+        machine.program(name, "#!/bin/bash\n")
+    for name in ("venv", "headers"):
+        Path(f"{machine.log}.{name}").touch()
+    assert machine.run("scripts/setup", *arguments).returncode == 0
+
+
+def test_second_run_does_nothing(machine: Machine) -> None:
+    ready(machine)
+    assert machine.done() == ["venv", "pip install -e ."]
+    told = machine.run("scripts/setup")
+    assert (told.returncode, told.stdout, told.stderr) == (0, "", "")
+    assert machine.done() == []
+
+
+def test_changed_requirements_are_installed_into_the_same_environment(machine: Machine) -> None:
+    ready(machine)
+    machine.done()
+    with (machine.tree / "pyproject.toml").open("a") as file:
+        file.write("# changed\n")
+    assert machine.run("scripts/setup").returncode == 0
+    assert machine.done() == ["pip install -e ."]
+
+
+def test_torch_comes_first_and_alone(machine: Machine) -> None:
+    ready(machine, "--dev")
+    assert machine.done() == ["venv", "pip install torch==2.13.0", "pip install -e .[check,test,loaders]"]
+    machine.run("scripts/setup")
+    assert machine.done() == []  # whoever can test can mount
+
+
+def test_moved_tree_gets_a_new_environment(machine: Machine) -> None:
+    ready(machine)
+    machine.done()
+    machine.tree = machine.tree.rename(machine.tree.with_name("elsewhere"))
+    assert machine.run("scripts/setup").returncode == 0
+    assert machine.done() == ["venv", "pip install -e ."]
+
+
+def test_failed_install_is_tried_twice_and_not_taken_for_done(machine: Machine) -> None:
+    broken = Path(f"{machine.log}.broken")
+    broken.touch()
+    for name in ("fusermount3", "pkg-config", "gcc"):
+        machine.program(name, "#!/bin/bash\n")
+    machine.program("sleep", "#!/bin/bash\n")
+    for name in ("venv", "headers"):
+        Path(f"{machine.log}.{name}").touch()
+    told = machine.run("scripts/setup")
+    assert told.returncode == 1
+    assert "could not install cakefs" in told.stderr
+    assert machine.done() == ["venv", "pip install -e .", "pip install -e ."]
+    broken.unlink()
+    assert machine.run("scripts/setup").returncode == 0
+    assert machine.done() == ["pip install -e ."]
+
+
+def test_no_python(machine: Machine) -> None:
+    machine.program("python3", "#!/bin/bash\nexit 1\n")
+    told = machine.run("scripts/setup")
+    assert told.returncode == 1
+    assert "no Python >= 3.11" in told.stderr
+    assert machine.done() == []
+
+
+def test_ordinary_user_without_sudo_is_told_what_to_run(machine: Machine) -> None:
+    machine.program("id", "#!/bin/bash\necho 1000\n")
+    told = machine.run("scripts/setup")
+    assert told.returncode == 1
+    assert "as root run: apt-get install fuse3" in told.stderr
+    assert machine.done() == []
+
+
+def test_sudo_only_when_not_root(machine: Machine) -> None:
+    machine.program("id", "#!/bin/bash\necho 1000\n")
+    machine.program("sudo", '#!/bin/bash\necho sudo >>"$LOG"\nexec "$@"\n')
+    assert machine.run("scripts/setup").returncode == 0
+    assert machine.done()[:4] == ["sudo", "apt update", "sudo", "apt install -y --no-install-recommends fuse3"]
+
+
+def test_mount_hands_its_arguments_on(machine: Machine) -> None:
+    ready(machine)
+    command = machine.tree / ".venv/bin/cakefs"
+    command.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\nexit 7\n')
+    machine.program("id", "#!/bin/bash\necho 1000\n")
+    told = machine.run("scripts/mount", "/tmp/my models", "--offline")
+    assert told.returncode == 7
+    assert told.stdout.splitlines() == ["mount", "/tmp/my models", "--offline"]
+    link = machine.tree.parent / "home/.local/bin/cakefs"
+    assert link.readlink() == command
+    assert "not on your PATH" in told.stderr
+
+
+def test_status_of_the_tests_and_of_the_check(machine: Machine) -> None:
+    ready(machine, "--dev")
+    for name, status in (("ruff", 0), ("mypy", 1), ("pytest", 0)):
+        tool = machine.tree / ".venv/bin" / name
+        tool.write_text(f"#!/bin/bash\nexit {status}\n")
+        tool.chmod(0o755)
+    told = machine.run("scripts/check")
+    assert (told.returncode, told.stderr.splitlines()[-1]) == (1, "check failed: mypy")
+    assert machine.run("scripts/test", "-k", "x").returncode == 1
