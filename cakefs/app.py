@@ -14,8 +14,8 @@ from cakefs.engine.local import ContentPool
 from cakefs.engine.messages import Settings
 from cakefs.engine.read import Reading
 from cakefs.engine.sources import HubSource, UrlSource, list_source
+from cakefs.engine.survey import find_model
 from cakefs.engine.tasks import open_flat_nursery
-from cakefs.errors import UserError
 from cakefs.model import Manifest, View
 from cakefs.remotes.http import HttpRemote
 from cakefs.remotes.wrap import Limit, Log, Retry
@@ -47,23 +47,24 @@ class App:
         finally:
             library.close()
 
-    async def add(self, source: HubSource | UrlSource, name: str) -> Added:
-        """Lists a source, reads its headers and small files, and stores it under a name."""
+    async def add(self, source: HubSource | UrlSource, name: str, *, update: bool = False) -> Added:
+        """Lists a source, reads its headers and small files, and stores it under a name.
+
+        Args:
+            update: Let the name stand for something else than before.
+        """
         http = HttpRemote(tokens=tokens_for(self.config, self._token))
         try:
             listing = await list_source(source, self.config, self._token, http)
             remote = Retry(Limit(Log(http), ADD_CONNECTIONS), budget_s=self.config.read_timeout_s)
             with self.store.guard():
-                return await Indexer(self.store, remote).add(listing, name)
+                return await Indexer(self.store, remote).add(listing, name, update=update)
         finally:
             await http.aclose()
 
     def model(self, name: str) -> Manifest:
-        """The manifest a name stands for. Raises UserError naming what exists."""
-        record = self.store.catalog.models().get(name)
-        if record is None:
-            raise UserError(f"no model {name!r} here", hint=f"cakefs add {name}, or cakefs ls for what there is")
-        return self.store.catalog.manifest(record.manifest)
+        """The manifest a name stands for. Raises UserError."""
+        return find_model(self.store, name)
 
 
 @asynccontextmanager

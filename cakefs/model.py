@@ -275,7 +275,7 @@ def check_file(m: Manifest, file: File) -> None:
     if sum(s.size for s in file.segments) != file.size:
         raise InvalidFormat(f"manifest of {m.name}: segments of {file.path} do not add up to {file.size}")
     for segment in file.segments:
-        for s in leaves(segment):
+        for s in (segment,) if isinstance(segment, Extent) else leaves(segment):
             if not (0 <= s.span < len(m.spans) and 0 <= s.start <= s.stop <= m.spans[s.span].size):
                 raise InvalidFormat(f"manifest of {m.name}: bad extent in {file.path}")
 

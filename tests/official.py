@@ -41,7 +41,7 @@ def write(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = No
 def read(file: bytes) -> dict[str, Tensor] | None:
     """The tensors of a file as the library sees them, or None where it refuses the file."""
     try:
-        found: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(file)
+        found: list[tuple[str, dict[str, Any]]] = safetensors.deserialize(file)  # type: ignore[no-untyped-call]
     except SafetensorError:
         return None
     return {name: Tensor(t["dtype"], tuple(t["shape"]), bytes(t["data"])) for name, t in found}

@@ -156,7 +156,7 @@ SEEDS = [
 edits = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), st.sampled_from(PARTS)), min_size=1, max_size=4)
 
 
-@settings(max_examples=600)
+@settings(max_examples=300)
 @given(st.sampled_from(SEEDS), edits, st.sampled_from([0, 4, 8]))
 def test_a_damaged_header_gets_the_librarys_verdict(
     text: bytes, edits: list[tuple[float, int, bytes]], size: int
@@ -247,7 +247,6 @@ HOSTILE = {
     "levels": "[" * 3_000_000,
     "short strings": '{"a":{"x":[' + '"ab",' * 600_000 + "0]}}",
     "one long number": braced(f'"a":{entry(shape="9" * 3_000_000)}'),
-    "metadata keys": '{"__metadata__":' + braced(",".join(f'"{n:x}":""' for n in range(150_000))) + "}",
     "backslashes": '{"' + "\\\\" * 1_500_000,
     "quotes": '"' * 3_000_000,
     "one name": '{"' + "n" * 3_000_000 + '":{}}',

@@ -105,7 +105,7 @@ def repositories(draw: st.DrawFn) -> tuple[dict[str, bytes], dict[str, Tensor]]:
     return files | {INDEX: index(chosen)}, union
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(repositories())
 def test_the_merged_file_is_what_the_official_writer_writes_for_the_indexed_tensors(
     repository: tuple[dict[str, bytes], dict[str, Tensor]],

@@ -210,7 +210,7 @@ def test_mount_hands_its_arguments_on(machine: Machine) -> None:
     assert told.stdout.splitlines() == ["mount", "/tmp/my models", "--offline"]
     link = machine.tree.parent / "home/.local/bin/cakefs"
     assert link.readlink() == command
-    assert "not on your PATH" in told.stderr
+    assert told.stderr == f'linked {link}\nhint: export PATH="{link.parent}:$PATH"\n'
 
 
 def test_status_of_the_tests_and_of_the_check(machine: Machine) -> None:

@@ -93,7 +93,7 @@ def _execute(arguments: list[str], ready_fd: int, log: Path) -> "subprocess.Pope
 
 
 def _environment() -> dict[str, str]:
-    """What it imports must not depend on the working directory; so a source tree that is not installed must be named."""
+    """What it imports must not depend on the working directory: a source tree that is not installed must be named."""
     place = str(Path(cakefs.__file__).resolve().parents[1])
     paths = [p for p in (os.environ.get("PYTHONPATH"),) if p]
     if place not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):

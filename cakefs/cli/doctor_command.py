@@ -1,7 +1,6 @@
 """`cakefs doctor`: the checks of `doctor.diagnose`, written as they come."""
 
 import argparse
-from dataclasses import asdict
 
 from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out
@@ -16,6 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
+    from dataclasses import asdict
+
     from cakefs.cli.doctor import diagnose
 
     config = config_of(args)

@@ -3,12 +3,11 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from cakefs.cli.options import add_json_option, config_of, with_app
+from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out, counted, human_size
 
 if TYPE_CHECKING:
     from cakefs.plan.collect import GcPlan
-    from cakefs.store.catalog import SpanPlace
 
 HELP = "delete bytes that no model and no live mount refers to"
 
@@ -19,17 +18,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
-    from cakefs.app import App
     from cakefs.engine import jobs
+    from cakefs.engine.survey import open_store
 
-    async def collect(app: App) -> "GcPlan[SpanPlace]":
-        return await jobs.gc(app.store, dry_run=args.dry_run)
-
-    plan = with_app(config_of(args), collect)
+    with open_store(config_of(args).store) as store:
+        plan = jobs.gc_plan(store) if args.dry_run else jobs.collect(store)
     if args.json:
-        out.json(_as_json(plan, dry_run=args.dry_run))
-        return 0
-    out.line(f"{'would free' if args.dry_run else 'freed'} {human_size(plan.bytes)}")
+        out.json(_as_json(plan, args.dry_run))
+    elif out.quiet:
+        for digest in plan.blobs:
+            out.line(digest)
+    else:
+        _report(plan, "would free" if args.dry_run else "freed", out)
+    return 0
+
+
+def _report(plan: "GcPlan", verb: str, out: Out) -> None:
+    out.line(f"{verb} {human_size(plan.bytes)}")
     for number, noun, size in (
         (len(plan.blobs), "blob", sum(plan.blobs.values())),
         (len(plan.partials), "unfinished transfer", sum(plan.partials.values())),
@@ -37,11 +42,10 @@ def run(args: argparse.Namespace, out: Out) -> int:
         if number:
             out.line(f"  {counted(number, noun)}, {human_size(size)}")
     if plan.manifests:
-        out.line(f"  {counted(len(plan.manifests), 'description')} of removed or updated models")
-    return 0
+        out.line(f"  {counted(len(plan.manifests), 'manifest')} of models that were removed or updated")
 
 
-def _as_json(plan: "GcPlan[SpanPlace]", *, dry_run: bool) -> dict[str, object]:
+def _as_json(plan: "GcPlan", dry_run: bool) -> dict[str, object]:
     return {
         "dry_run": dry_run,
         "bytes": plan.bytes,

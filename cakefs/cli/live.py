@@ -1,6 +1,6 @@
 """Live mounts, seen from another process: where they are, and what their status.json says.
 
-A mount is asked by a child process: a system call on a hung mount waits in the kernel, and only the waiting can be left.
+A mount is asked by a child process: a system call on a hung mount waits in the kernel, but a process can be left alone.
 """
 
 import json

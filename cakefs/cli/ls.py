@@ -9,7 +9,7 @@ HELP = "list the models: size, local and shared bytes, complete or verified"
 EPILOG = """\
 LOCAL   bytes that are in the store
 SHARED  the part of LOCAL that other models here use as well
-STATE   headers, partial, complete, or verified: every published SHA-256 was found to be right
+STATE   the local part, complete, or verified: every published SHA-256 was found to be right
 """
 
 
@@ -27,10 +27,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
         return 0
     out.table(
         ("NAME", ">SIZE", ">LOCAL", ">SHARED", "STATE"),
-        [
-            (m.name, human_size(m.size), human_size(m.local_bytes), human_size(m.shared_bytes), m.state)
-            for m in models
-        ],
+        [(m.name, human_size(m.size), human_size(m.local_bytes), human_size(m.shared_bytes), m.state) for m in models],
     )
     if not models:
         out.note("no models yet")

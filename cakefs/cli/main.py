@@ -1,7 +1,7 @@
 """Dispatch: arguments -> command, errors -> message and exit code.
 
-A command is a module with HELP, `configure(parser)` and `run(args, out) -> exit code`. The modules are light: what they need
-of the engine they import in `run`, so that `cakefs --help` is instant. Here, and only here, an exception ends.
+A command is a module with HELP, `configure(parser)` and `run(args, out) -> exit code`. The modules are light: what they
+need of the engine they import in `run`, so that `cakefs --help` is instant. Here, and only here, an exception ends.
 """
 
 import argparse
@@ -19,9 +19,21 @@ from cakefs.cli.options import add_global_options
 from cakefs.cli.out import Out
 from cakefs.errors import UserError
 
-# Name -> module, in the order of `cakefs --help`.
-COMMANDS = {name: f"cakefs.cli.{name}" for name in "mount umount add ls show pull status verify rm gc".split()}
-COMMANDS |= {"doctor": "cakefs.cli.doctor_command", "completion": "cakefs.cli.completion"}
+# Name -> module below cakefs.cli, in the order of `cakefs --help`.
+COMMANDS = {
+    "mount": "mount",
+    "umount": "umount",
+    "add": "add",
+    "ls": "ls",
+    "show": "show",
+    "pull": "pull",
+    "status": "status",
+    "verify": "verify",
+    "rm": "rm",
+    "gc": "gc",
+    "doctor": "doctor_command",
+    "completion": "completion",
+}
 
 
 class Command(Protocol):
@@ -79,7 +91,7 @@ def build_parser() -> Parser:
     add_global_options(parser, top=True)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
     for name, module in COMMANDS.items():
-        command = cast(Command, import_module(module))
+        command = cast(Command, import_module(f"cakefs.cli.{module}"))
         child = subparsers.add_parser(
             name,
             help=command.HELP,

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from cakefs.cli import background
 from cakefs.cli.options import config_of, with_app
 from cakefs.cli.out import Out
 
@@ -24,13 +23,17 @@ LOG_FORMAT = "%(asctime)s %(process)d %(levelname)s %(message)s"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("mountpoint", metavar="MOUNTPOINT", nargs="?", help="empty or new directory (default: ~/models)")
+    parser.add_argument(
+        "mountpoint", metavar="MOUNTPOINT", nargs="?", help="empty or new directory (default: ~/models)"
+    )
     parser.add_argument("-f", "--foreground", action="store_true", help="stay, and log to stderr")
     parser.add_argument("--allow-other", action="store_const", const=True, help="let other users see it")
     parser.add_argument("--ready-fd", type=int, help=argparse.SUPPRESS)  # for `background.start`
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
+    from cakefs.cli import background
+
     if args.foreground:
         with background.answering(args.ready_fd) as ready:
             _serve(args, ready)
@@ -47,7 +50,9 @@ def run(args: argparse.Namespace, out: Out) -> int:
 def _flags(args: argparse.Namespace) -> list[str]:
     """What was given, for the process in the background; environment and config file it finds by itself."""
     given = [f"--{name}={value}" for name in ("store", "endpoint") if (value := getattr(args, name)) is not None]
-    return given + [flag for flag in ("--offline", "--allow-other", "--debug") if getattr(args, flag[2:].replace("-", "_"))]
+    return given + [
+        flag for flag in ("--offline", "--allow-other", "--debug") if getattr(args, flag[2:].replace("-", "_"))
+    ]
 
 
 def _serve(args: argparse.Namespace, ready: Callable[[], None]) -> None:

@@ -14,7 +14,7 @@ SETTINGS = ("store", "endpoint", "offline", "mountpoint", "allow_other")  # Fiel
 
 
 def add_global_options(parser: argparse.ArgumentParser, *, top: bool) -> None:
-    """Args: top: The parser of `cakefs` itself, which sets the defaults; what a command's parser does not see it leaves."""
+    """Adds them to the parser of `cakefs` itself (`top`, which sets the defaults) or of a command."""
     absent = None if top else argparse.SUPPRESS
     off = False if top else argparse.SUPPRESS
     group = parser.add_argument_group("options of every command")

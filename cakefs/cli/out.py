@@ -1,7 +1,7 @@
 """What a command says. stdout is for data that can be piped; notes, hints, errors and progress go to stderr.
 
-Three ways to say it: lines and tables for people, JSON (`--json`) for programs, and with `--quiet` only the names. Nothing
-that came from upstream reaches a terminal unescaped. rich is imported only where a bar is drawn.
+Three ways to say it: lines and tables for people, JSON (`--json`) for programs, and with `--quiet` only the names.
+Nothing that came from upstream reaches a terminal unescaped. rich is imported only where a bar is drawn.
 """
 
 import json
@@ -28,6 +28,15 @@ class Out:
 
     def json(self, value: object) -> None:
         _write(sys.stdout, json.dumps(value, indent=2))
+
+    def json_line(self, value: object) -> None:
+        """One of a stream of values, sent at once."""
+        _write(sys.stdout, json.dumps(value))
+        self.flush()
+
+    def script(self, text: str) -> None:
+        """A text for a program to read, as it is."""
+        _write(sys.stdout, text.rstrip("\n"))
 
     def result(self, name: str, text: str) -> None:
         """The line that says what was done; with --quiet only the name of what it was done to."""

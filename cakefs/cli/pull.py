@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cakefs.cli.options import add_json_option, config_of, with_app
 from cakefs.cli.out import Out, counted, human_size
+from cakefs.errors import UserError
 
 if TYPE_CHECKING:
     from cakefs.app import App
@@ -13,6 +14,8 @@ HELP = "fetch what is missing of a model, and confirm the published hashes"
 
 
 class Pulled(NamedTuple):
+    """What `--json` writes; `verified` as `cakefs ls` has it, for the files that were asked for."""
+
     name: str
     files: int
     size: int
@@ -35,28 +38,26 @@ def run(args: argparse.Namespace, out: Out) -> int:
     done = with_app(config_of(args), pull)
     if args.json:
         out.json(done._asdict())
-        return 0
-    how = ", all published hashes confirmed" if done.verified else ""
-    what = f"{counted(done.files, 'file')} of {done.name}, {human_size(done.size)}"
-    out.result(done.name, f"{what}: {human_size(done.fetched_bytes)} fetched{how}")
+    else:
+        what = f"{counted(done.files, 'file')} of {done.name}, {human_size(done.size)}"
+        how = "; every published SHA-256 is right" if done.verified else ""
+        out.result(done.name, f"{what}: {human_size(done.fetched_bytes)} fetched{how}")
     return 0
 
 
 async def _pull(app: "App", name: str, patterns: list[str], out: Out) -> Pulled:
-    from cakefs.engine import jobs
+    from cakefs.engine import jobs, survey
     from cakefs.engine.index import chosen_files
-    from cakefs.engine.survey import Local, Shown, confirmed
 
     manifest = app.model(name)
     files = chosen_files(manifest, patterns)
-    shown = Shown(manifest, files)
-    before = shown.local_bytes(Local.of_model(app.store, manifest))
+    if not files:
+        raise UserError(f"no file of {name} is like {' or '.join(patterns)}", hint=f"cakefs show {name}")
+    shown = survey.Shown(manifest, files)
+    before = shown.local_bytes(survey.Local.of_model(app.store, manifest))
+    counters = app.fetcher.counters
     with out.progress(name, shown.size, before) as advance:
         fetched = await jobs.pull(
-            app.store,
-            app.fetcher,
-            manifest,
-            files,
-            lambda _: advance(before + app.fetcher.counters.bytes_fetched),
+            app.store, app.fetcher, manifest, files, lambda _: advance(before + counters.bytes_fetched)
         )
-    return Pulled(name, len(files), shown.size, before, fetched, confirmed(app.store, manifest, shown))
+    return Pulled(name, len(files), shown.size, before, fetched, survey.is_verified(app.store, manifest, shown))

@@ -2,7 +2,7 @@
 
 import argparse
 
-from cakefs.cli.options import config_of, with_app
+from cakefs.cli.options import config_of
 from cakefs.cli.out import Out
 
 HELP = "forget models; their bytes stay until gc"
@@ -13,13 +13,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
-    from cakefs.app import App
+    from cakefs.engine.survey import open_store, require_models
 
-    async def remove(app: App) -> None:
-        app.remove(args.models)
-
-    with_app(config_of(args), remove)
-    for name in args.models:
-        out.result(name, f"removed {name}")
-    out.hint("cakefs gc deletes the bytes that nothing else needs")
+    with open_store(config_of(args).store) as store:
+        require_models(store, args.models)  # All or none.
+        for name in args.models:
+            store.catalog.remove_model(name)
+            out.result(name, f"removed {name}")
+    out.hint("`cakefs gc` deletes the bytes that nothing else needs")
     return 0

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out, counted, human_size
-from cakefs.model import Manifest, View
 
 if TYPE_CHECKING:
     from cakefs.engine.survey import FileSummary, SourceSummary, TensorSummary
+    from cakefs.model import Manifest
 
 HELP = "show a model: files, sources, revision; or its tensors"
 VERIFIED = {True: "verified", False: "REFUTED", None: "not yet"}
@@ -39,10 +39,8 @@ def run(args: argparse.Namespace, out: Out) -> int:
     return 0
 
 
-def _show_files(
-    manifest: Manifest, files: list["FileSummary"], sources: list["SourceSummary"], out: Out
-) -> None:
-    shown = [f for f in files if f.view != View.ORIGINAL]
+def _show_files(manifest: "Manifest", files: list["FileSummary"], sources: list["SourceSummary"], out: Out) -> None:
+    shown = [f for f in files if f.in_model]
     if not out.quiet:
         size, local = sum(f.size for f in shown), sum(f.local_bytes for f in shown)
         out.line(f"name      {manifest.name}")
@@ -52,9 +50,7 @@ def _show_files(
         out.line(f"added     {time.strftime('%Y-%m-%d %H:%M', time.localtime(manifest.created))}")
         out.line(f"size      {human_size(size)}, {human_size(local)} local, {counted(len(manifest.tensors), 'tensor')}")
         out.line("")
-    out.table(
-        ("FILE", ">SIZE", ">LOCAL"), [(f.path, human_size(f.size), human_size(f.local_bytes)) for f in shown]
-    )
+    out.table(("FILE", ">SIZE", ">LOCAL"), [(f.path, human_size(f.size), human_size(f.local_bytes)) for f in shown])
     if out.quiet:
         return
     out.line("")
@@ -75,11 +71,16 @@ def _show_tensors(tensors: list["TensorSummary"], out: Out) -> None:
 
 
 def _as_json(
-    manifest: Manifest,
+    manifest: "Manifest",
     files: list["FileSummary"],
     sources: list["SourceSummary"],
     tensors: list["TensorSummary"] | None,
 ) -> dict[str, object]:
     facts = {name: getattr(manifest, name) for name in ("name", "origin", "revision", "requested", "created")}
-    lists = {"files": files, "sources": sources} | ({} if tensors is None else {"tensors": tensors})
-    return facts | {name: [item._asdict() for item in items] for name, items in lists.items()}
+    lists: dict[str, object] = {
+        "files": [f._asdict() for f in files],
+        "sources": [s._asdict() for s in sources],
+    }
+    if tensors is not None:
+        lists["tensors"] = [t._asdict() for t in tensors]
+    return facts | lists

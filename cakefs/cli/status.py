@@ -5,7 +5,6 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from cakefs.cli.live import cakefs_mountpoints, read_status
 from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out, counted, human_size
 from cakefs.errors import UserError
@@ -62,12 +61,14 @@ def _watch_terminal(config: "Config") -> None:
 
 
 def _status(config: "Config") -> dict[str, Any]:
-    from cakefs.engine.survey import store_summary
+    from cakefs.engine.survey import summarize_store
 
-    return {"store": {"path": str(config.store), **store_summary(config.store)._asdict()}, "mounts": _mounts()}
+    return {"store": {"path": str(config.store), **summarize_store(config.store)._asdict()}, "mounts": _mounts()}
 
 
 def _mounts() -> list[dict[str, Any]]:
+    from cakefs.cli.live import cakefs_mountpoints, read_status
+
     found = []
     for mountpoint in cakefs_mountpoints():
         said = read_status(mountpoint)

@@ -4,7 +4,6 @@ import argparse
 import os
 import select
 
-from cakefs.cli.live import server_of
 from cakefs.cli.options import config_of
 from cakefs.cli.out import Out
 
@@ -17,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
+    from cakefs.cli.live import server_of
     from cakefs.fs.place import cakefs_at, canonical, umount
 
     path = canonical(config_of(args).mountpoint)

@@ -3,13 +3,14 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from cakefs.cli.options import add_json_option, config_of, with_app
+from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out, counted, human_size
 from cakefs.errors import CorruptData
 
 if TYPE_CHECKING:
-    from cakefs.app import App
     from cakefs.engine.jobs import Repair
+    from cakefs.model import Manifest
+    from cakefs.store.store import Store
 
 HELP = "read every stored byte again, and confirm published SHA-256"
 
@@ -22,16 +23,49 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
-    results: dict[str, Repair] = {}
+    from cakefs.engine import survey
 
-    async def verify(app: "App") -> None:
-        for name in [args.model] if args.model else sorted(app.store.catalog.models()):
-            results[name] = await _verify(app, name, args.repair, out)
+    results = {}
+    with survey.open_store(config_of(args).store) as store:
+        for name in [args.model] if args.model else sorted(store.catalog.models()):
+            results[name] = _verify(store, survey.find_model(store, name), args.repair, out)
             if not args.json:
                 _report(name, results[name], out)
-
-    with_app(config_of(args), verify)
     if args.json:
         out.json({name: result._asdict() for name, result in results.items()})
-    bad = sum(result.unrepaired for result in results.values())
-    return 0
+    for name, result in results.items():
+        if result.lost and args.repair:
+            out.hint(f"cakefs add {name} stores its header anew")
+        elif result.bad and not args.repair:
+            out.hint(f"cakefs verify {name} --repair drops what is bad, to be fetched again")
+    unrepaired = any(result.lost or (result.bad and not args.repair) for result in results.values())
+    return CorruptData.exit_code if unrepaired else 0
+
+
+def _verify(store: "Store", manifest: "Manifest", repair: bool, out: Out) -> "Repair":
+    from cakefs.engine import jobs, survey
+
+    done = 0
+
+    def progress(size: int) -> None:
+        nonlocal done
+        done += size
+        advance(done)
+
+    local = survey.Local.of_model(store, manifest)
+    total = sum(local.size(manifest.key(span)) for span in range(len(manifest.spans)))
+    with out.progress(manifest.name, total) as advance:
+        return jobs.verify(store, manifest, progress, repair=repair)
+
+
+def _report(name: str, result: "Repair", out: Out) -> None:
+    good = "BAD" if result.bad or result.lost else "good"
+    if out.quiet:
+        if good == "BAD":
+            out.line(name)
+        return
+    confirmed = f"{result.confirmed} SHA-256 confirmed" if result.confirmed else "no SHA-256 to confirm"
+    waiting = f", {counted(result.incomplete, 'file')} not all local" if result.incomplete else ""
+    out.line(f"{good}  {name}: {human_size(result.bytes)} read, {confirmed}{waiting}")
+    for line in (*result.bad, *result.lost):
+        out.line(f"     {line}")

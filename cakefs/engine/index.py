@@ -15,13 +15,14 @@ import trio
 
 from cakefs.engine.local import stream
 from cakefs.engine.tasks import open_flat_nursery
-from cakefs.errors import CorruptData, InvalidFormat, UserError
+from cakefs.errors import CorruptData, InvalidFormat, NotFound, UserError
 from cakefs.formats import safetensors, sharded
 from cakefs.model import (
     MIB,
     SMALL_FILE_LIMIT,
     ByteRange,
     Extent,
+    File,
     Listing,
     Literal,
     Locator,
@@ -70,11 +71,15 @@ class Indexer:
         self._fetched = 0
         self._limit = trio.CapacityLimiter(AT_ONCE)
 
-    async def add(self, listing: Listing, name: str) -> Added:
+    async def add(self, listing: Listing, name: str, *, update: bool = False) -> Added:
         """Stores what is needed to show the model, then its name; a failure leaves no name behind.
 
+        Args:
+            update: Let a name that stands for something else now stand for this.
+
         Raises:
-            CakeError: InvalidFormat for a header or index that breaks its format, and whatever the remote raises.
+            CakeError: UserError for a name that is taken, InvalidFormat for a header or index that breaks its format,
+                and whatever the remote raises.
         """
         self._fetched = 0
         indexes = set(wanted_indexes([p.path for p in listing.files]))
@@ -94,18 +99,27 @@ class Indexer:
         parsed = {path: sharded.parse_index(bodies[path], path) for path in indexes}
         await _each(fetch_header, tensors)
         manifest = build_manifest(name, listing, headers, parsed, int(time.time()), self._store.put_literal)
-        return self._put(manifest)
+        return self._put(manifest, update=update)
 
-    def _put(self, manifest: Manifest) -> Added:
-        before = self._store.catalog.models().get(manifest.name)
-        changed = True
-        if before is not None:
-            old = self._store.catalog.manifest(before.manifest)
+    def _put(self, manifest: Manifest, *, update: bool) -> Added:
+        catalog, changed = self._store.catalog, True
+        before = catalog.models().get(manifest.name)
+        old = self._readable(before.manifest) if before is not None else None
+        if old is not None:
             if same_model(old, manifest):
                 manifest, changed = old, False
-        manifest_id = before.manifest if before and not changed else self._store.catalog.put_model(manifest)
+            elif not update:
+                raise _taken(old, manifest)
+        manifest_id = before.manifest if before and not changed else catalog.put_model(manifest)
         total, local = local_share(self._store, manifest)
         return Added(manifest, manifest_id, changed, self._fetched, total, local)
+
+    def _readable(self, manifest_id: str) -> Manifest | None:
+        """None for one that is damaged: adding the model again is what mends it."""
+        try:
+            return self._store.catalog.manifest(manifest_id)
+        except (CorruptData, InvalidFormat, NotFound):
+            return None
 
     async def _whole(self, published: Published) -> bytes:
         """A small file, checked against its published hash where there is one."""
@@ -195,6 +209,13 @@ def same_model(a: Manifest, b: Manifest) -> bool:
     return (a.origin, a.revision, a.sources, a.spans, a.files) == (b.origin, b.revision, b.sources, b.spans, b.files)
 
 
+def _taken(old: Manifest, new: Manifest) -> UserError:
+    if old.origin != new.origin:
+        return UserError(f"{old.name} is already here, from {old.origin}", hint="--as NAME, or --update to replace it")
+    at = f" at {old.revision[:12]}, not at {new.revision[:12]}" if old.revision != new.revision else ", and has changed"
+    return UserError(f"{old.name} is already here{at}", hint="--update to follow, or --as NAME to have both")
+
+
 def local_share(store: Store, manifest: Manifest) -> tuple[int, int]:
     """Bytes of the model directory's files, and how many of them are local; a repeated span counts each time shown."""
     segments = [s for file in manifest.shown(View.MODEL).values() for s in file.segments]
@@ -205,16 +226,15 @@ def local_share(store: Store, manifest: Manifest) -> tuple[int, int]:
     return sum(s.size for s in segments), local
 
 
-def model_name(source: str, revision: str | None, chosen: str | None) -> str:
-    """What a source is shown as: `--as`, else org/name with @rev when a revision was asked for."""
-    name = chosen or (f"{source}@{revision}" if revision else source)
+def model_name(name: str) -> str:
+    """A name to show a model under, checked. Raises UserError."""
     parts = name.split("/")
     if any(p in ("", ".", "..") or p.startswith(".") or "\0" in p or len(p.encode()) > 200 for p in parts):
         raise UserError(f"bad model name {name!r}", hint="use org/name or a plain word, without a leading dot")
     return name
 
 
-def chosen_files(manifest: Manifest, patterns: Sequence[str]) -> list[str]:
-    """Paths of the model directory that match any of the globs; all without a glob."""
-    paths = list(manifest.shown(View.MODEL))
-    return [p for p in paths if not patterns or any(fnmatchcase(p, pattern) for pattern in patterns)]
+def chosen_files(manifest: Manifest, patterns: Sequence[str]) -> list[File]:
+    """Files of the model directory whose path matches any of the globs; all without a glob."""
+    files = manifest.shown(View.MODEL).items()
+    return [file for path, file in files if not patterns or any(fnmatchcase(path, p) for p in patterns)]

@@ -7,7 +7,7 @@ from cakefs.engine.confirm import confirm_source
 from cakefs.engine.fetch import Fetcher, Pending, Priority
 from cakefs.engine.local import stream
 from cakefs.engine.tasks import open_flat_nursery
-from cakefs.errors import CorruptData, NotFound
+from cakefs.errors import CorruptData, NotFound, StoreFull
 from cakefs.model import CHUNK, MIB, Extent, File, Literal, Manifest, SpanKey
 from cakefs.plan.collect import GcPlan, plan_gc
 from cakefs.plan.requests import ChunkRef, span_chunks
@@ -22,13 +22,19 @@ QUEUED = 8  # Flights queued behind the running ones, so that no connection wait
 
 
 class Repair(NamedTuple):
-    """What verify found: `bad` names what did not hold, one line each; the rest counts."""
+    """What verify found, in numbers, and one line for each thing that did not hold.
+
+    Attributes:
+        bad: What upstream has: dropped by `repair`, and then fetched again.
+        lost: What only adding the model again brings back: headers that were synthesized.
+    """
 
     spans: int
     bytes: int
     confirmed: int
     incomplete: int
     bad: list[str]
+    lost: list[str]
 
 
 def file_spans(manifest: Manifest, files: Iterable[File]) -> list[int]:
@@ -53,6 +59,10 @@ async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequen
 
     Returns:
         Bytes that were missing at the start.
+
+    Raises:
+        StoreFull: Not all of it could be kept.
+        CorruptData: An upstream file does not have its published SHA-256; its bytes were dropped.
     """
     fetched = 0
     batch: list[ChunkRef] = []
@@ -75,10 +85,20 @@ async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequen
                 nursery.start_soon(follow, fetcher.want(manifest, batch, Priority.AHEAD))
                 batch, batch_bytes = [], 0
                 await fetcher.wait_for_room(QUEUED)
+            _check_kept(store, fetcher)
         if batch:
             nursery.start_soon(follow, fetcher.want(manifest, batch, Priority.AHEAD))
     await fetcher.flush()
+    _check_kept(store, fetcher)
+    if fetcher.refuted:
+        paths = [source.path for source in manifest.sources if source.identity in fetcher.refuted]
+        raise CorruptData(f"{', '.join(paths)} came without the published SHA-256 and was dropped", hint="pull again")
     return fetched
+
+
+def _check_kept(store: Store, fetcher: Fetcher) -> None:
+    if fetcher.has_unkept:
+        raise StoreFull(f"no room left in {store.path}", hint="cakefs gc")
 
 
 def chunk_size(manifest: Manifest, ref: ChunkRef) -> int:
@@ -107,7 +127,6 @@ def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool
             bad.append(f"{_label(manifest, span)}: {error.message}")
             if repair:
                 store.drop_span(key)
-    bad += _bad_literals(store, manifest)
     confirmed = incomplete = 0
     for source in manifest.sources:
         ok = confirm_source(store, source.identity, source.locator.size, again=True)
@@ -115,7 +134,7 @@ def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool
         incomplete += ok is None and bool(source.sha256)
         if ok is False:
             bad.append(f"{source.path}: does not have the published SHA-256; it will be fetched again")
-    return Repair(spans, read, confirmed, incomplete, bad)
+    return Repair(spans, read, confirmed, incomplete, bad, _lost_literals(store, manifest, repair=repair))
 
 
 def _label(manifest: Manifest, span: int) -> str:
@@ -124,16 +143,21 @@ def _label(manifest: Manifest, span: int) -> str:
     return f"{name} in {source.path}" if name else source.path
 
 
-def _bad_literals(store: Store, manifest: Manifest) -> list[str]:
-    bad = []
+def _lost_literals(store: Store, manifest: Manifest, *, repair: bool) -> list[str]:
+    """Damaged headers, in words; dropped by `repair`, so that the next `add` stores them anew."""
+    lost = {}
     for file in manifest.files:
         for segment in file.segments:
             if isinstance(segment, Literal):
                 try:
                     store.literal(segment.blob)
                 except (CorruptData, NotFound) as error:
-                    bad.append(f"header of {file.path}: {error.message}")
-    return bad
+                    lost[segment.blob] = f"header of {file.path}: {error.message}"
+    if lost and repair:
+        for key, digest in store.catalog.listing():
+            if digest in lost:
+                store.drop_span(key)
+    return list(lost.values())
 
 
 def gc_plan(store: Store) -> GcPlan:

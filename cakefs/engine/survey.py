@@ -1,16 +1,17 @@
-"""What is in a store: models, their files, tensors and sources, how much of them is local and shared. Reads, never waits.
+"""What is in a store: models, their files, tensors and sources, and how much of each is local and shared. Only reads.
 
-Imports nothing of the network, so that `cakefs ls` is quick. Over many models everything is read by few scans: one of the
-catalog's spans, one of the partials, one of the manifests.
+Imports nothing of the network, so that `cakefs ls` is quick. Over many models everything is read by few scans: one of
+the spans, one of the partials, one of the manifests.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from cakefs.errors import UserError
-from cakefs.model import Extent, File, Manifest, Source, SpanKey, View
+from cakefs.model import Computed, Extent, File, Literal, Manifest, Segment, Source, SpanKey, View
 from cakefs.store.store import Store
 
 
@@ -33,6 +34,13 @@ class ModelSummary(NamedTuple):
     complete: bool
     verified: bool
 
+    @property
+    def state(self) -> str:
+        """The one word for it."""
+        if self.verified:
+            return "verified"
+        return "complete" if self.complete else f"{100 * self.local_bytes // max(1, self.size)} %"
+
 
 class FileSummary(NamedTuple):
     """A file shown; `view` says where."""
@@ -41,6 +49,11 @@ class FileSummary(NamedTuple):
     view: str
     size: int
     local_bytes: int
+
+    @property
+    def in_model(self) -> bool:
+        """In the model's directory, not only among the originals."""
+        return self.view != View.ORIGINAL
 
 
 class SourceSummary(NamedTuple):
@@ -101,34 +114,38 @@ class Shown:
 
     def __init__(self, manifest: Manifest, files: Iterable[File] | None = None) -> None:
         """Args: files: Only these."""
-        self.spans: Counter[SpanKey] = Counter()
+        sizes: dict[int, int] = {}
         self.literal_bytes = 0
-        self.sources: set[int] = set()
         for file in manifest.shown(View.MODEL).values() if files is None else files:
             for segment in file.segments:
-                if not isinstance(segment, Extent):
+                if isinstance(segment, Literal):
                     self.literal_bytes += segment.size
-                elif segment.size:
-                    self.spans[manifest.key(segment.span)] += segment.size
-                    self.sources.add(manifest.spans[segment.span].source)
-
-    @property
-    def size(self) -> int:
-        return self.literal_bytes + self.spans.total()
+                    continue
+                for extent in (segment,) if isinstance(segment, Extent) else _extents(segment):
+                    sizes[extent.span] = sizes.get(extent.span, 0) + extent.stop - extent.start
+        self.sources = {manifest.spans[span].source for span in sizes}
+        self.size = self.literal_bytes + sum(sizes.values())
+        self.spans: dict[SpanKey, int] = {}
+        for span, size in sizes.items():
+            key = manifest.key(span)  # Files with equal bytes have equal keys.
+            self.spans[key] = self.spans.get(key, 0) + size
 
     def local_bytes(self, local: Local) -> int:
         """A span that is shown several times counts as often."""
+        if self.complete(local):
+            return self.size
         return self.literal_bytes + sum(min(size, local.size(key)) for key, size in self.spans.items())
 
-    def digests(self, local: Local) -> set[str]:
-        """Of the blobs of its complete spans."""
-        return {digest for key in self.spans if (digest := local.digests.get(key))}
-
-    def shared_bytes(self, local: Local, users: Mapping[str, int]) -> int:
-        return sum(size for key, size in self.spans.items() if users.get(local.digests.get(key, ""), 0) > 1)
-
     def complete(self, local: Local) -> bool:
-        return all(key in local.digests for key in self.spans)
+        return self.spans.keys() <= local.digests.keys()
+
+    def blobs(self, local: Local) -> dict[str, int]:
+        """Digests of the blobs of its complete spans, and how many bytes of each are shown."""
+        found: dict[str, int] = {}
+        for key, size in self.spans.items():
+            if digest := local.digests.get(key):
+                found[digest] = found.get(digest, 0) + size
+        return found
 
 
 def open_store(path: Path) -> Store:
@@ -138,10 +155,18 @@ def open_store(path: Path) -> Store:
 
 def find_model(store: Store, name: str) -> Manifest:
     """The manifest a name stands for. Raises UserError."""
-    record = store.catalog.models().get(name)
-    if record is None:
-        raise UserError(f"no model {name!r} here", hint=f"`cakefs ls` says what there is; or `cakefs add {name}`")
-    return store.catalog.manifest(record.manifest)
+    require_models(store, [name])
+    return store.catalog.manifest(store.catalog.models()[name].manifest)
+
+
+def require_models(store: Store, names: Iterable[str]) -> None:
+    """Raises UserError for a name that stands for nothing here."""
+    known = store.catalog.models()
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`cakefs ls` says what there is, `cakefs add` brings more"
+            raise UserError(f"no model {name!r} here", hint=hint)
 
 
 def summarize_store(path: Path) -> StoreSummary:
@@ -161,7 +186,8 @@ def summarize_models(path: Path) -> list[ModelSummary]:
         local, records = Local.of_all(store), store.catalog.models()
         models = [(records[name].added, store.catalog.manifest(records[name].manifest)) for name in sorted(records)]
         shown = [Shown(manifest) for _, manifest in models]
-        users = Counter(digest for one in shown for digest in one.digests(local))
+        blobs = [one.blobs(local) for one in shown]
+        users = Counter(digest for one in blobs for digest in one)
         confirmed = _Confirmations(store)
         return [
             ModelSummary(
@@ -171,11 +197,11 @@ def summarize_models(path: Path) -> list[ModelSummary]:
                 added,
                 size=one.size,
                 local_bytes=one.local_bytes(local),
-                shared_bytes=one.shared_bytes(local, users),
-                complete=one.complete(local),
-                verified=one.complete(local) and confirmed.all_of(manifest, one),
+                shared_bytes=sum(size for digest, size in held.items() if users[digest] > 1),
+                complete=(complete := one.complete(local)),
+                verified=complete and confirmed.all_of(manifest, one),
             )
-            for (added, manifest), one in zip(models, shown, strict=True)
+            for (added, manifest), one, held in zip(models, shown, blobs, strict=True)
         ]
 
 
@@ -204,6 +230,11 @@ def summarize_tensors(manifest: Manifest, local: Local) -> list[TensorSummary]:
     return found
 
 
+def is_verified(store: Store, manifest: Manifest, shown: Shown) -> bool:
+    """Complete, and every published SHA-256 was met."""
+    return shown.complete(Local.of_model(store, manifest)) and _Confirmations(store).all_of(manifest, shown)
+
+
 class _Confirmations:
     """Outcomes of whole-file checks, each looked up once."""
 
@@ -222,6 +253,15 @@ class _Confirmations:
         """True when there are published hashes, and all of them were met."""
         published = [s for i in shown.sources if (s := manifest.sources[i]).sha256]
         return bool(published) and all(self.of(source) for source in published)
+
+
+def _extents(segment: Segment) -> Iterator[Extent]:
+    """The upstream bytes that a segment is or needs."""
+    if isinstance(segment, Computed):
+        for node in segment.inputs:
+            yield from _extents(node)
+    elif isinstance(segment, Extent):
+        yield segment
 
 
 def _exists(path: Path) -> bool:

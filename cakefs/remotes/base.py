@@ -1,6 +1,7 @@
 """What a source of bytes is, for those who use one and for those who wrap one."""
 
 from collections.abc import Callable, Iterable
+from pathlib import PurePosixPath
 from typing import Protocol
 
 from cakefs.errors import InvalidFormat
@@ -35,13 +36,12 @@ def make_listing(origin: str, revision: str, requested: str, files: Iterable[Pub
     """
     known: dict[str, Published] = {}
     for file in files:
-        if not is_safe_path(file.path) or file.path in known:
-            raise InvalidFormat(
-                f"{origin} lists {'an unsafe path' if file.path not in known else 'twice'}: {file.path!r}"
-            )
+        if file.path in known:
+            raise InvalidFormat(f"{origin} lists a path twice: {file.path!r}")
+        if not is_safe_path(file.path):
+            raise InvalidFormat(f"{origin} lists an unsafe path: {file.path!r}")
         known[file.path] = file
     for path in known:
-        parents = path.split("/")[:-1]
-        if any("/".join(parents[: i + 1]) in known for i in range(len(parents))):
+        if any(str(parent) in known for parent in PurePosixPath(path).parents):
             raise InvalidFormat(f"{origin} lists a file below a file: {path!r}")
     return Listing(origin, revision, requested, tuple(known[path] for path in sorted(known)))

@@ -92,8 +92,8 @@ class Client:
 async def pieces(response: httpx.Response) -> AsyncIterator[AsyncIterator[bytes]]:
     """The body as it comes. It may be left unread.
 
-    httpx nests five generators and closes none that is left early, which trio complains about and tidies up too late. So
-    the connection is closed, and they are run to their end, which is an error at once.
+    httpx nests five generators and closes none that is left early, which trio complains about and tidies up too late.
+    So the connection is closed, and they are run to their end, which is an error at once.
     """
     body = response.aiter_raw()
     try:

@@ -142,6 +142,7 @@ def _published(file: "RepoFile", base: str) -> Published:
         identity = f"xet:{file.xet_hash}"
     else:
         identity = f"git:{file.blob_id}"
-    if not re.fullmatch("(sha256|xet):[0-9a-f]{64}|git:[0-9a-f]{40}", identity) or type(file.size) is not int:
+    sound = isinstance(file.path, str) and type(file.size) is int and file.size >= 0
+    if not sound or not re.fullmatch("(sha256|xet):[0-9a-f]{64}|git:[0-9a-f]{40}", identity):
         raise InvalidFormat(f"{base}: the list of files is malformed at {file.path!r}")
     return Published(file.path, file.size, identity, f"{base}/{quote(file.path)}", sha256)

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import httpx
 import trio
 
-from cakefs.errors import CakeError, InvalidFormat, NotFound, UserError
+from cakefs.errors import CakeError, InvalidFormat, NotFound, RemoteUnavailable, UserError
 from cakefs.formats.sharded import INDEX_LIMIT, index_target, parse_index
 from cakefs.model import Listing, Published, is_safe_path
 from cakefs.remotes.answers import Origin, host_of, origin, shown
@@ -23,9 +23,10 @@ from cakefs.remotes.http import HttpRemote, Probe
 
 HUBS = ("https://huggingface.co", "https://hf.co")
 PROBES = 8  # At once.
+LISTING_S = 300.0  # In all: the largest index on a slow line.
 
 
-async def list_url(url: str, http: HttpRemote, *, hubs: Iterable[str] = HUBS) -> Listing:
+async def list_url(url: str, http: HttpRemote, *, hubs: Iterable[str] = HUBS, timeout_s: float = LISTING_S) -> Listing:
     """Lists what a URL of a file stands for.
 
     Args:
@@ -36,14 +37,23 @@ async def list_url(url: str, http: HttpRemote, *, hubs: Iterable[str] = HUBS) ->
             serve parts of files; else as for any file.
     """
     parsed = _checked(url)
+    try:
+        with trio.fail_after(timeout_s):
+            commit, files = await _list(parsed, http, {origin(hub) for hub in hubs})
+    except trio.TooSlowError:
+        raise RemoteUnavailable(f"no list of {shown(parsed)} within {timeout_s:.0f} s") from None
+    return make_listing(f"{parsed.scheme}://{shown(parsed)}", commit, "", files)
+
+
+async def _list(parsed: httpx.URL, http: HttpRemote, trusted: Container[Origin]) -> tuple[str, list[Published]]:
+    """The commit, or empty, and the files."""
     name = PurePosixPath(parsed.path).name
-    trusted = {origin(hub) for hub in hubs}
     commit, first = await _publish(str(parsed), name, http, trusted)
     files = [first]
     if index_target(name) is not None:
         index = parse_index(await http.get_small(first.url, INDEX_LIMIT), shown(first.url))
         files += await _shards(first.url, sorted(set(index.weight_map.values())), http, trusted)
-    return make_listing(f"{parsed.scheme}://{shown(parsed)}", commit, "", files)
+    return commit, files
 
 
 def _checked(url: str) -> httpx.URL:
@@ -95,12 +105,14 @@ async def _publish(url: str, path: str, http: HttpRemote, trusted: Container[Ori
     if not probe.ranges:
         hint = "download the file and add it from disk"
         raise InvalidFormat(f"{host_of(url)} does not serve parts of {shown(url)}", hint=hint)
-    if not (re.fullmatch("[0-9a-f]{40}", probe.commit) and re.fullmatch("[0-9a-f]{64}", probe.linked_etag)):
-        return "", Published(path, probe.size, _identity(url, probe), url, validator=probe.etag)
-    pinned = re.sub(r"/resolve/[^/]+/", f"/resolve/{probe.commit}/", url, count=1)
+    commit = probe.commit if re.fullmatch("[0-9a-f]{40}", probe.commit) else ""
+    if commit:
+        url = re.sub(r"/resolve/[^/]+/", f"/resolve/{commit}/", url, count=1)
+    if not (commit and re.fullmatch("[0-9a-f]{64}", probe.linked_etag)):
+        return commit, Published(path, probe.size, _identity(url, probe), url, validator=probe.etag)
     sha256 = f"sha256:{probe.linked_etag}"
-    identity = sha256 if origin(url) in trusted else f"etag:{pinned}|{sha256}"
-    return probe.commit, Published(path, probe.size, identity, pinned, probe.linked_etag)
+    identity = sha256 if origin(url) in trusted else f"etag:{url}|{sha256}"
+    return commit, Published(path, probe.size, identity, url, probe.linked_etag)
 
 
 def _identity(url: str, probe: Probe) -> str:

@@ -96,7 +96,7 @@ class Retry:
                 await self._try(attempt)
         finally:
             _budget.reset(token)
-        if attempt.budget.scope.cancelled_caught:
+        if attempt.budget.scope.cancelled_caught and not attempt.complete:
             raise attempt.given_up()
 
     async def _try(self, attempt: "_Attempts") -> None:
@@ -136,7 +136,11 @@ class _Attempts:
         except RemoteUnavailable as error:
             self.last = error
         self.fruitless = 0 if self.position > before else self.fruitless + 1
-        return False
+        return self.complete
+
+    @property
+    def complete(self) -> bool:
+        return self.position == self.span.stop
 
     def _deliver(self, data: bytes) -> None:
         self.sink(data)

@@ -61,8 +61,9 @@ class Content(ABC):
         """
 
     @property
+    @abstractmethod
     def complete(self) -> bool:
-        return not self.missing(0, self.size)
+        """True when no chunk is missing, as far as is known; costs nothing once it was true."""
 
     @abstractmethod
     def willneed(self, start: int, stop: int) -> None:
@@ -87,6 +88,10 @@ class InlineContent(Content):
     def missing(self, start: int, stop: int) -> list[int]:
         return []
 
+    @property
+    def complete(self) -> bool:
+        return True
+
     def willneed(self, start: int, stop: int) -> None:
         pass
 
@@ -109,6 +114,7 @@ class FileContent(Content):
         self._on_bad = on_bad
         self._checked = bytearray(chunk_count(size))  # 1 = seen to match its sum
         self._bad: set[int] = set()
+        self._complete = False
         self._nowait = os.RWF_NOWAIT  # 0 once the file system refused it, as tmpfs does
 
     def read_into(self, buffer: memoryview, offset: int, *, wait: bool) -> Outcome:
@@ -136,6 +142,12 @@ class FileContent(Content):
             return []
         sums = self._sums[first:last]
         return [i for i in range(first, last) if not checked[i] and (not sums[i - first] or i in bad)]
+
+    @property
+    def complete(self) -> bool:
+        if not self._complete:
+            self._complete = 0 not in self._sums[0 : len(self._checked)]
+        return self._complete and not self._bad
 
     def willneed(self, start: int, stop: int) -> None:
         if stop > start:
@@ -169,6 +181,7 @@ class FileContent(Content):
         chunk = at >> CHUNK_SHIFT
         (expected,) = self._sums[chunk : chunk + 1]
         if not expected:
+            self._complete = False
             return Outcome.MISSING
         start, size = chunk << CHUNK_SHIFT, chunk_size(self.size, chunk)
         whole = part if len(part) == size else scratch(size)

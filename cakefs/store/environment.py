@@ -72,9 +72,10 @@ class Environment:
         path = path.resolve()
         with _registry_lock:
             env = _registry.get(path)
-            if env is None or env._pid != os.getpid():
+            if env is None:
                 with _translated(path):
                     env = _registry[path] = cls(path, tables, map_size)
+            env._check_process()
             env._users += 1
             return env
 
@@ -186,7 +187,7 @@ class Environment:
 
     def _check_process(self) -> None:
         if self._pid != os.getpid():
-            raise RuntimeError("a store does not survive a fork: start the process anew, or open the store after it")
+            raise RuntimeError("a store does not survive a fork: execute a new process that opens it")
 
 
 class _Gate:

@@ -44,7 +44,7 @@ def local_reads(work: Path, rounds: int) -> Iterator[Result]:
 def _warm(there: Path, mine: Path, plain: Path, native: Path, rounds: int) -> Iterator[Result]:
     for path in (mine, plain, native):
         read_all(path)
-    before = world.status(there)["reads"]
+    before = world.status(there)["mount"]["reads"]
     samples = interleaved(
         {"cakefs": lambda: timed(lambda: read_all(mine)), "native": lambda: timed(lambda: read_all(native))}, rounds
     )
@@ -58,7 +58,7 @@ def _warm(there: Path, mine: Path, plain: Path, native: Path, rounds: int) -> It
         rounds,
     )
     yield _row("warm mmap: cakefs / pass-through FUSE", samples, "cakefs", "pass-through", 1.05)
-    asked = world.status(there)["reads"] - before
+    asked = world.status(there)["mount"]["reads"] - before
     yield Result("READ requests that the daemon saw in all warm runs", "0", float(asked), asked == 0, "", {})
 
 
