@@ -70,7 +70,7 @@ class RemoteUnavailable(CakeError):
     retryable = True
 
     def __init__(self, message: str, *, hint: str = "", retry_after: float | None = None) -> None:
-        super().__init__(message, hint=hint)
+        super().__init__(message, hint=hint or (f"try again in {retry_after:.0f} s" if retry_after else ""))
         self.retry_after = retry_after
 
 

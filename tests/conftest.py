@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 for name in [n for n in os.environ if n.startswith(("HF_", "HUGGING_FACE_", "TRANSFORMERS_", "CAKEFS_"))]:
     del os.environ[name]
@@ -18,6 +19,10 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from tests.hub import Hub  # noqa: E402
+
+# The same examples in every run, however slow the machine is.
+settings.register_profile("cakefs", deadline=None, derandomize=True, database=None)
+settings.load_profile("cakefs")
 
 
 @pytest.fixture

@@ -74,3 +74,10 @@ class Cakefs:
 def serve(hub: Hub, models: Mapping[str, Path | Mapping[str, bytes | Path]]) -> None:
     for name, files in models.items():
         hub.add_repo(name, files)
+
+
+def write_config(directory: Path, **settings: float) -> str:
+    """A config file for CAKEFS_CONFIG."""
+    path = directory / "config.toml"
+    path.write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
+    return str(path)

@@ -140,7 +140,7 @@ def nothing(store: Store) -> None:
     pass
 
 
-SCENARIOS: dict[str, tuple[Callable[[Store], None], Callable[[Store], None]]] = {
+SCENARIOS: dict[str, tuple[Callable[[Store], None], Callable[[Store], object]]] = {
     "write": (prepare_write, act_write),
     "seal": (prepare_seal, act_seal),
     "put": (nothing, act_put),

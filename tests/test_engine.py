@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,19 @@ def test_shards_read_as_one_canonical_file_and_originals_as_published(hub: Hub, 
         assert await read_model(app) == single(tensors)
         for path, published in files.items():
             assert await read_model(app, path=path, view=View.ORIGINAL) == published
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_other_weights_beside_model_safetensors_are_original_only(hub: Hub, tmp_path: Path) -> None:
+    files = sharded(llama(), 2) | {"consolidated.safetensors": single(llama()), "pytorch_model.bin": b"a pickle"}
+    hub.add_repo("org/name", files | {"config.json": CONFIG, "onnx/model.onnx": b"graph"})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        manifest = app.model("org/name")
+        assert set(manifest.shown(View.MODEL)) == {"model.safetensors", "config.json", "onnx/model.onnx"}
+        assert set(manifest.shown(View.ORIGINAL)) == set(files) | {"config.json", "onnx/model.onnx"}
 
     run(hub, tmp_path / "store", body)
 
@@ -247,3 +261,24 @@ def test_a_killed_transfer_process_is_replaced_and_its_flights_are_taken_over(hu
         assert app.fetcher.counters.worker_deaths == 1
 
     run(hub, tmp_path / "store", body)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a small file system of one's own needs root")
+def test_a_full_store_serves_and_does_not_keep(hub: Hub, tmp_path: Path) -> None:
+    published = single(big(8))
+    hub.add_repo("org/name", {"model.safetensors": published})
+    store = tmp_path / "store"
+    store.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m,mode=700", "tmpfs", store], check=True)
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        assert await read_model(app) == published
+        assert await read_model(app) == published
+        assert app.fetcher.has_unkept
+        assert jobs.verify(app.store, app.model("org/name"), lambda _: None, repair=False).bad == []
+
+    try:
+        run(hub, store, body, readahead=False)
+    finally:
+        subprocess.run(["umount", "-l", store], check=True)

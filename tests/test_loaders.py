@@ -1,10 +1,11 @@
 """Real models, real loaders, a real mount: what they load is what a direct load gives."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -31,24 +32,32 @@ FAMILIES = {
     },
 }
 
-# Runs in a process of its own, as a user's program would, with the network switched off.
+MODELS = [(family, kind) for family in FAMILIES for kind in ("single", "sharded")]
+
+# The programs run in processes of their own, as a user's would, with the Hub switched off; one for all models, because
+# importing transformers takes longer than anything that is tested here.
 MAKE = """
 import json, sys, torch, transformers
-family, sizes, out, shard = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3], sys.argv[4]
-torch.manual_seed(7)
-config = transformers.AutoConfig.for_model(family, vocab_size=300, num_hidden_layers=3, **sizes)
-transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(out, max_shard_size=shard)
+out, families = sys.argv[1], json.loads(sys.argv[2])
+for family, sizes in families.items():
+    torch.manual_seed(7)
+    config = transformers.AutoConfig.for_model(family, vocab_size=300, num_hidden_layers=3, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(f"{out}/{family}-single")
+    model.save_pretrained(f"{out}/{family}-sharded", max_shard_size="100KB")
 """
 COMPARE = """
-import sys, torch, transformers
-direct, mounted = (transformers.AutoModelForCausalLM.from_pretrained(p) for p in sys.argv[1:3])
-one, other = direct.state_dict(), mounted.state_dict()
-assert one.keys() == other.keys() and one
-assert all(torch.equal(one[k], other[k]) for k in one)
-ids = torch.arange(20)[None]
-with torch.no_grad():
-    assert torch.equal(direct(ids).logits, mounted(ids).logits)
-print(len(one), "tensors equal")
+import json, sys, torch, transformers
+results = {}
+for name in json.loads(sys.argv[3]):
+    direct, mounted = (transformers.AutoModelForCausalLM.from_pretrained(f"{p}/{name}") for p in sys.argv[1:3])
+    one, other = direct.state_dict(), mounted.state_dict()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        logits = torch.equal(direct(ids).logits, mounted(ids).logits)
+    equal = one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    results[name] = {"tensors": len(one), "equal": equal, "logits": logits}
+print(json.dumps(results))
 """
 EMBED = """
 import sys
@@ -68,35 +77,60 @@ def python(code: str, *arguments: object) -> str:
 
 
 def offline() -> dict[str, str]:
-    import os
-
     return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @pytest.fixture
-def cakefs(hub: Hub, tmp_path: Path) -> Iterator[Cakefs]:
+def cakefs(hub: Hub, tmp_path: Path) -> Cakefs:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    yield Cakefs(tmp_path, hub.endpoint)
+    return Cakefs(tmp_path, hub.endpoint)
 
 
-@pytest.mark.parametrize("shard", ["10GB", "100KB"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_transformers_loads_the_same_state_and_logits(
-    hub: Hub, cakefs: Cakefs, tmp_path: Path, family: str, shard: str
-) -> None:
-    made = tmp_path / "made"
-    python(MAKE, family, json.dumps(FAMILIES[family]), made, shard)
-    assert (made / "model.safetensors.index.json").exists() == (shard == "100KB")
-    hub.add_repo("acme/tiny", made)
-    with cakefs.mounted() as mountpoint:
-        cakefs.run("add", "acme/tiny")
-        assert "tensors equal" in python(COMPARE, made, mountpoint / "acme/tiny")
-        hub.reset()
-        assert "tensors equal" in python(COMPARE, made, mountpoint / "acme/tiny")
-        assert hub.requests == []
-        shown = sorted(p.name for p in (mountpoint / "acme/tiny").iterdir())
-        assert "model.safetensors" in shown and not any("index" in name or "-of-" in name for name in shown)
+class Loaded(NamedTuple):
+    """What loading all models twice from one mount gave."""
+
+    made: Path
+    cold: dict[str, dict[str, object]]
+    warm: dict[str, dict[str, object]]
+    warm_requests: int
+    shown: dict[str, list[str]]
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("loaded")
+    made, names = directory / "made", [f"{family}-{kind}" for family, kind in MODELS]
+    python(MAKE, made, json.dumps(FAMILIES))
+    with Hub() as hub:
+        cakefs = Cakefs(directory, hub.endpoint)
+        for name in names:
+            hub.add_repo(f"acme/{name}", made / name)
+        with cakefs.mounted() as mountpoint:
+            for name in names:
+                cakefs.run("add", f"acme/{name}")
+            there = mountpoint / "acme"
+            cold = json.loads(python(COMPARE, made, there, json.dumps(names)))
+            hub.reset()
+            warm = json.loads(python(COMPARE, made, there, json.dumps(names)))
+            shown = {name: sorted(p.name for p in (there / name).iterdir()) for name in names}
+            return Loaded(made, cold, warm, len(hub.requests), shown)
+
+
+@pytest.mark.parametrize(("family", "kind"), MODELS)
+def test_transformers_loads_the_same_state_and_logits(loaded: Loaded, family: str, kind: str) -> None:
+    name = f"{family}-{kind}"
+    assert (loaded.made / name / "model.safetensors.index.json").exists() == (kind == "sharded")
+    for result in (loaded.cold[name], loaded.warm[name]):
+        assert result["equal"] and result["logits"] and isinstance(result["tensors"], int) and result["tensors"] > 20
+    shown = loaded.shown[name]
+    assert "model.safetensors" in shown and not any("index" in n or "-of-" in n for n in shown)
+
+
+def test_the_second_load_of_all_models_makes_no_request(loaded: Loaded) -> None:
+    assert loaded.warm_requests == 0
 
 
 def test_the_genuine_minilm_embeds_the_same(hub: Hub, cakefs: Cakefs) -> None:

@@ -110,3 +110,24 @@ def test_a_run_from_anywhere_is_covered_to_the_end(first: int) -> None:
     for offset in range(first * KERNEL, SIZE, MIB):
         covered += total(ahead.observe(offset, min(MIB, SIZE - offset)))
     assert covered >= SIZE - first * KERNEL - 4 * MIB
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 8)), min_size=1, max_size=300))
+def test_a_long_run_is_ahead_whatever_else_is_read_meanwhile(steps: list[tuple[int, int]]) -> None:
+    """The short cut for a run that needs no look changes nothing."""
+    size = 4 * LAST_WINDOW
+    ahead = Readahead([0], size)
+    covered, position = 0, MIB
+    for _ in range(2 * LAST_WINDOW // MIB):
+        for wanted in ahead.observe(position, MIB):
+            covered = max(covered, wanted.stop)
+        position += MIB
+    for kind, count in steps:
+        if kind == 0:
+            ahead.observe(count * 1000, 4096)
+            continue
+        for _ in range(count):
+            for wanted in ahead.observe(position, MIB):
+                covered = max(covered, wanted.stop)
+            position = position + MIB
+            assert covered - position >= min(LAST_WINDOW // 2 - MIB, size - position)

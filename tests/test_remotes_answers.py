@@ -139,13 +139,6 @@ def test_fewer_bytes_than_announced() -> None:
     assert outcome.data == WANTED[:-1]
 
 
-def test_more_bytes_than_announced_are_not_looked_at() -> None:
-    head = b"HTTP/1.1 206 Partial Content\r\n" + RANGE + b"Content-Length: 80000\r\n\r\n"
-    outcome = ask(saying(head + WANTED + b"surplus"))
-    assert outcome.data == WANTED or isinstance(outcome.error, RemoteUnavailable)
-    assert WANTED.startswith(outcome.data)
-
-
 def test_a_trickle_is_no_transfer() -> None:
     async def script(stream: trio.abc.Stream) -> None:
         await requested(stream)

@@ -18,7 +18,8 @@ NEEDED = (*TOOLS, "touch", "true", "uname")
 PYTHON = """#!/bin/bash
 here=${PATH%%:*} all="$*"
 case "$*" in
-  *sys._base_executable*) echo 3.11 /usr/bin/python3.11 ;;
+  *sys._base_executable*) echo /usr/bin/python3.11 ;;
+  *print*version_info*) echo 3.11 ;;
   *ensurepip*) [ -e "$LOG.venv" ] ;;
   *Python.h*) [ -e "$LOG.headers" ] ;;
   "-m venv --clear"*) echo venv >>"$LOG"; rm -rf .venv; mkdir -p .venv/bin; cp "$here/python3" .venv/bin/python ;;
@@ -92,9 +93,9 @@ def test_the_promised_scripts_are_there() -> None:
 
 
 def test_no_script_names_a_host() -> None:
-    for path in SCRIPTS:
-        if path.is_file():
-            assert not re.findall(r"https?://|--index-url|--extra-index|--find-links", path.read_text()), path
+    for path in BASH_SCRIPTS:
+        text = path.read_text()
+        assert not re.findall(r"https?://(?!127\.0\.0\.1|localhost)|--index-url|--extra-index|--find-links", text), path
 
 
 def test_help_of_mount_sets_nothing_up(machine: Machine) -> None:

@@ -106,30 +106,25 @@ def test_progress_is_seen_by_contents_already_open(store: Store) -> None:
     assert read(source, 0, len(THREE)) == THREE, "and its removal"
 
 
-def test_a_flipped_byte_is_never_served(store: Store, caplog: pytest.LogCaptureFixture) -> None:
-    for seal in (False, True):
-        span = write(store, f"three-{seal}", data(str(seal), len(THREE)))
-        path = data_path(store)
-        if seal:
-            store.seal([span])
-            path = blob_path(store, span)
-        flip(path, CHUNK + 4711)
-        source = opened(store, span)
-        truth = data(str(seal), len(THREE))
-        assert read(source, 0, CHUNK) == truth[:CHUNK]
-        for wait in (False, True):
-            assert read(source, 2 * CHUNK - 1, 2, wait=wait) is Outcome.MISSING
-            assert read(source, CHUNK, CHUNK, wait=wait) is Outcome.MISSING
-        assert read(source, 2 * CHUNK, 5) == truth[2 * CHUNK :]
-        assert source.missing(0, source.size) == [1]
-        assert not source.complete
-        assert len(caplog.records) == 1, "said once"
-        assert f"{8 + CHUNK}..{8 + 2 * CHUNK}" in caplog.text
-        caplog.clear()
-        # The repair is seen by those who have the file open.
-        store.write_chunk(span, 1, chunks(truth)[1])
-        assert read(source, 0, len(truth)) == truth
-        assert source.complete
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_flipped_byte_is_never_served(store: Store, caplog: pytest.LogCaptureFixture, sealed: bool) -> None:
+    write(store, "three", THREE)
+    if sealed:
+        store.seal([SPAN])
+    flip(blob_path(store, SPAN) if sealed else data_path(store), CHUNK + 4711)
+    source = opened(store)
+    assert read(source, 0, CHUNK) == THREE[:CHUNK]
+    for wait in (False, True):
+        assert read(source, 2 * CHUNK - 1, 2, wait=wait) is Outcome.MISSING
+        assert read(source, CHUNK, CHUNK, wait=wait) is Outcome.MISSING
+    assert read(source, 2 * CHUNK, 5) == THREE[2 * CHUNK :]
+    assert source.missing(0, source.size) == [1]
+    assert not source.complete
+    assert len(caplog.records) == 1, "said once"
+    assert f"{8 + CHUNK}..{8 + 2 * CHUNK}" in caplog.text
+    store.write_chunk(SPAN, 1, chunks(THREE)[1])
+    assert read(source, 0, len(THREE)) == THREE, "the repair is seen by those who have the file open"
+    assert source.complete
 
 
 def test_repair_refuses_other_bytes_and_spares_good_ones(store: Store) -> None:
@@ -170,18 +165,17 @@ def test_a_blob_of_wrong_size_is_forgotten(store: Store, damage: str) -> None:
     assert read(opened(store), 0, len(THREE)) == THREE
 
 
-def test_a_damaged_inline_blob_is_forgotten(store: Store, tmp_path: Path) -> None:
+def test_a_damaged_inline_blob_is_forgotten(tmp_path: Path) -> None:
     span = key("small", 700)
-    store.put_span(span, data("small", 700))
-    store.close()
+    with Store.open(tmp_path / "store", map_size=MAP_SIZE) as store:
+        store.put_span(span, data("small", 700))
     catalog = tmp_path / "store" / "catalog" / "data.mdb"
     found = catalog.read_bytes().index(data("small", 700))
     flip(catalog, found + 350)
-    store.catalog = Store.open(tmp_path / "store", map_size=MAP_SIZE).catalog
-    store.blobs._catalog = store.catalog
-    assert store.content(span) is None
-    store.put_span(span, data("small", 700))
-    assert read(opened(store, span), 0, 700) == data("small", 700)
+    with Store.open(tmp_path / "store", map_size=MAP_SIZE) as again:
+        assert again.content(span) is None
+        again.put_span(span, data("small", 700))
+        assert read(opened(again, span), 0, 700) == data("small", 700)
 
 
 @pytest.mark.parametrize("size", [0, CHUNK, 2 * CHUNK + 1])
@@ -287,11 +281,10 @@ def test_closing_under_a_running_read_is_harmless(store: Store, monkeypatch: pyt
 
     monkeypatch.setattr(content, "_preadv", preadv)
     found: list[bytes | Outcome] = []
-    thread = threading.Thread(target=lambda: found.append(read(source, 100, 1000)))
+    thread = threading.Thread(target=lambda from_: found.append(read(from_, 100, 1000)), args=[source])
     thread.start()
     assert reading.wait(10)
     source.close()
-    del source
     others = [opened(store, key("other", 9000)) for _ in range(5)]
     closed.set()
     thread.join()

@@ -16,7 +16,7 @@ from tests.store_child import MAP_SIZE, PUT, SMALL, THREE, TWO, chunks, key
 ROOT = Path(__file__).parent.parent
 
 
-def spawn(*arguments: str | Path) -> subprocess.Popen[str]:
+def spawn(*arguments: object) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.store_child", *map(str, arguments)],
         cwd=ROOT,

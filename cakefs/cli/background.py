@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,8 +22,6 @@ from cakefs.errors import CakeError
 READY_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 10.0
 LOG_LIMIT = 4_000_000  # Bytes; a longer log is put aside at the next start.
-
-_ANSWER_LIMIT = 65536
 
 
 @contextmanager
@@ -103,10 +102,14 @@ def _environment() -> dict[str, str]:
 
 def _wait(pipe: int, timeout_s: float) -> Failure | None:
     """The answer; None when the process ended without one, or does not say anything in time."""
-    if not select.select([pipe], [], [], timeout_s)[0]:
-        return None
-    data = os.read(pipe, _ANSWER_LIMIT)
-    return Failure(*json.loads(data)) if data else None
+    deadline = time.monotonic() + timeout_s
+    data = b""
+    while select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        piece = os.read(pipe, 4096)
+        if not piece:
+            return Failure(*json.loads(data)) if data else None
+        data += piece
+    return None
 
 
 def _check_mounted(mountpoint: Path) -> None:

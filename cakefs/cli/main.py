@@ -6,7 +6,6 @@ need of the engine they import in `run`, so that `cakefs --help` is instant. Her
 
 import argparse
 import logging
-import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from importlib import import_module
 from typing import NoReturn, Protocol, cast
 
 from cakefs import __version__
-from cakefs.cli.failures import EXIT_BROKEN_PIPE, failure_of
+from cakefs.cli.failures import failure_of
 from cakefs.cli.options import add_global_options
 from cakefs.cli.out import Out
 from cakefs.errors import UserError
@@ -52,14 +51,24 @@ class Parser(argparse.ArgumentParser):
 
 
 class LogLines(logging.Handler):
-    """What the engine logs, as notes: they find their way around a progress bar."""
+    """What the engine logs, as notes: they find their way around a progress bar.
+
+    The latest line waits for the next: when the command fails, the error says the same, and once is enough.
+    """
 
     def __init__(self, out: Out) -> None:
         super().__init__()
         self._out = out
+        self._latest = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._out.note(f"{record.levelname.lower()}: {record.getMessage()}")
+        self.settle()
+        self._latest = f"{record.levelname.lower()}: {record.getMessage()}"
+
+    def settle(self) -> None:
+        if self._latest:
+            self._out.note(self._latest)
+            self._latest = ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,16 +76,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     out = Out()
     try:
-        args = build_parser().parse_args(arguments)
-        out.quiet = args.quiet
-        logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, handlers=[LogLines(out)])
-        code: int = args.run(args, out)
+        code = _run(arguments, out)
         out.flush()
         return code
-    except SystemExit as error:  # --help, --version
-        return error.code if isinstance(error.code, int) else 0
     except BaseException as error:
         return _end_with(error, out, debug="--debug" in arguments)
+
+
+def _run(arguments: Sequence[str], out: Out) -> int:
+    try:
+        args = build_parser().parse_args(arguments)
+    except SystemExit:  # after --help and --version
+        return 0
+    out.quiet = args.quiet
+    lines = LogLines(out)
+    logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, handlers=[lines])
+    code: int = args.run(args, out)
+    lines.settle()
+    return code
 
 
 def build_parser() -> Parser:
@@ -107,17 +124,8 @@ def build_parser() -> Parser:
 
 def _end_with(error: BaseException, out: Out, *, debug: bool) -> int:
     failure = failure_of(error)
-    if failure.exit_code == EXIT_BROKEN_PIPE:
-        _discard_stdout()
-    elif failure.message:
+    if failure.message:
         if debug:
             traceback.print_exception(error)
         out.error(failure.message, failure.hint)
     return failure.exit_code
-
-
-def _discard_stdout() -> None:
-    """Nobody reads on: what is still buffered must not fail again when Python ends."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, sys.stdout.fileno())
-    os.close(null)

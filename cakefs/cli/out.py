@@ -5,6 +5,7 @@ Nothing that came from upstream reaches a terminal unescaped. rich is imported o
 """
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,19 +25,19 @@ class Out:
 
     def line(self, text: str) -> None:
         """A line of data."""
-        _write(sys.stdout, printable(text))
+        _send(printable(text))
 
     def json(self, value: object) -> None:
-        _write(sys.stdout, json.dumps(value, indent=2))
+        _send(json.dumps(value, indent=2))
 
     def json_line(self, value: object) -> None:
         """One of a stream of values, sent at once."""
-        _write(sys.stdout, json.dumps(value))
+        _send(json.dumps(value))
         self.flush()
 
     def script(self, text: str) -> None:
         """A text for a program to read, as it is."""
-        _write(sys.stdout, text.rstrip("\n"))
+        _send(text.rstrip("\n"))
 
     def result(self, name: str, text: str) -> None:
         """The line that says what was done; with --quiet only the name of what it was done to."""
@@ -75,14 +76,10 @@ class Out:
             _write(sys.stderr, printable(f"hint: {hint}"))
 
     def flush(self) -> None:
-        """Raises CakeError where stdout cannot take what was written to it."""
-        try:
+        """Raises CakeError where stdout cannot take what was written to it, as `line` and the others do."""
+        with _reported():
             if sys.stdout is not None:
                 sys.stdout.flush()
-        except BrokenPipeError:
-            raise
-        except OSError as error:
-            raise CakeError(f"cannot write to stdout: {error.strerror}") from error
 
     @contextmanager
     def progress(self, label: str, total: int, done: int = 0) -> Iterator[Advance]:
@@ -132,6 +129,25 @@ def human_size(size: int) -> str:
 def counted(number: int, noun: str) -> str:
     """`1 file`, `2 files`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def _send(text: str) -> None:
+    with _reported():
+        _write(sys.stdout, text)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Makes a failure of stdout an error of ours, once: what is still buffered must not fail again when Python ends."""
+    try:
+        yield
+    except OSError as error:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise CakeError(f"cannot write to stdout: {error.strerror}") from error
 
 
 def _write(stream: TextIO | None, text: str) -> None:

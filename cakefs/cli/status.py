@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from cakefs.cli.options import add_json_option, config_of
@@ -92,15 +93,16 @@ def _lines(status: dict[str, Any]) -> list[str]:
 def _mount_lines(mount: dict[str, Any]) -> list[str]:
     if not mount["answers"]:
         return [str(mount["trouble"])]
-    reads = mount["reads"]
-    hits = f"{100 * mount['reads_without_waiting'] / reads:.1f} % without waiting" if reads else "none so far"
-    failed = f", {mount['requests_failed']} failed" if mount["requests_failed"] else ""
-    errors = f", {mount['read_errors']} failed" if mount["read_errors"] else ""
+    count = defaultdict[str, Any](int, mount)  # A mount of another version may count other things.
+    reads = count["reads"]
+    hits = f"{100 * count['reads_without_waiting'] / reads:.1f} % without waiting" if reads else "none so far"
+    errors = f", {count['read_errors']} failed" if count["read_errors"] else ""
+    failed = f", {count['requests_failed']} failed" if count["requests_failed"] else ""
     return [
-        f"pid {mount['pid']}, up {_duration(mount['uptime_s'])}, store {mount['store']}",
-        f"served   {human_size(mount['bytes_served'])} in {counted(reads, 'read')} ({hits}{errors})",
-        f"fetched  {human_size(mount['bytes_fetched'])} in {counted(mount['requests'], 'request')}{failed}; "
-        f"{counted(mount['chunks_on_their_way'], 'chunk')} on the way",
+        f"pid {count['pid']}, up {_duration(count['uptime_s'])}, store {count['store']}",
+        f"served   {human_size(count['bytes_served'])} in {counted(reads, 'read')} ({hits}{errors})",
+        f"fetched  {human_size(count['bytes_fetched'])} in {counted(count['requests'], 'request')}{failed}; "
+        f"{counted(count['chunks_on_their_way'], 'chunk')} on the way",
     ]
 
 

@@ -66,6 +66,6 @@ def _report(name: str, result: "Repair", out: Out) -> None:
         return
     confirmed = f"{result.confirmed} SHA-256 confirmed" if result.confirmed else "no SHA-256 to confirm"
     waiting = f", {counted(result.incomplete, 'file')} not all local" if result.incomplete else ""
-    out.line(f"{good}  {name}: {human_size(result.bytes)} read, {confirmed}{waiting}")
+    out.line(f"{good:<4}  {name}: {human_size(result.bytes)} read, {confirmed}{waiting}")
     for line in (*result.bad, *result.lost):
-        out.line(f"     {line}")
+        out.line(f"      {line}")

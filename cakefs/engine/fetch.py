@@ -6,13 +6,14 @@ that a reader waits for go first; readahead and pull use what is left, and alway
 
 import itertools
 import logging
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 import trio
 
 from cakefs.engine.messages import (
+    SPARE_CONNECTIONS,
     Arrived,
     Confirmed,
     Done,
@@ -28,6 +29,7 @@ from cakefs.engine.workers import WorkerProcess
 from cakefs.errors import CakeError, RemoteUnavailable
 from cakefs.model import CHUNK, MIB, Manifest, SpanKey
 from cakefs.plan.requests import ChunkRef, range_requests
+from cakefs.remotes.answers import shown
 
 log = logging.getLogger(__name__)
 
@@ -232,26 +234,25 @@ class Fetcher:
     def _dispatch(self) -> None:
         """Gives queued flights to the least busy processes, while there is room."""
         self.start()
-        slots = self._settings.connections * len(self._workers)
-        while True:
-            worker = min(self._workers, key=lambda w: len(w.jobs))
-            if len(worker.jobs) >= self._settings.connections:
-                return
-            flight = self._next(max(1, slots - DEMAND_RESERVE))
-            if flight is None:
-                return
+        while (flight := self._next()) is not None:
+            self._queues[flight.priority].remove(flight)
             flight.queued = False
+            self._running_ahead += flight.priority is Priority.AHEAD
             self.counters.flights += 1
-            worker.submit(flight.job)
+            min(self._workers, key=lambda w: len(w.jobs)).submit(flight.job)
 
-    def _next(self, ahead_slots: int) -> Flight | None:
-        demand, ahead = self._queues
-        if demand:
-            return demand.popleft()
-        if ahead and self._running_ahead < ahead_slots:
-            self._running_ahead += 1
-            return ahead.popleft()
-        return None
+    def _next(self) -> Flight | None:
+        """Demand first. No file gets all connections, and one with a waiting reader gets its first beyond them if need
+        be: files that stall do not block another."""
+        running = Counter(job.identity for worker in self._workers for job in worker.jobs.values())
+        slots = self._settings.connections * len(self._workers)
+        most, free = max(1, slots - DEMAND_RESERVE), slots - running.total()
+        share = most if free > 0 else 1 if free > -SPARE_CONNECTIONS else 0
+        demand, ahead = ((f for f in queue if running[f.job.identity] < share) for queue in self._queues)
+        flight = next(demand, None)
+        if flight is None and free > 0 and self._running_ahead < most:
+            flight = next(ahead, None)
+        return flight
 
     # -- reports ---------------------------------------------------------------------------------------------------
 
@@ -304,10 +305,10 @@ class Fetcher:
         if flight.priority is Priority.AHEAD and not flight.queued:
             self._running_ahead -= 1
         if error is None and flight.left:
-            error = RemoteUnavailable(f"{flight.job.locator.url} ended before all of it came")
+            error = RemoteUnavailable(f"{_words(flight.job)} ended before all of it came")
         if error is not None:
             self.counters.failures += 1
-            log.warning("bytes %d-%d of %s: %s", flight.job.start, flight.job.stop, flight.job.locator.url, error)
+            log.warning("%s", error)
         for index in flight.left:
             self._settle(flight.chunks[index], error)
 
@@ -340,7 +341,11 @@ class Fetcher:
             flight.queued = True
             if flight.deaths >= MAX_DEATHS:
                 del self._flights[job.id]
-                self._finish(flight, RemoteUnavailable(f"transfers of {job.locator.url} ended {MAX_DEATHS} processes"))
+                self._finish(flight, RemoteUnavailable(f"{_words(job)} ended {MAX_DEATHS} transfer processes"))
             else:
                 self._queues[flight.priority].appendleft(flight)
         self._dispatch()
+
+
+def _words(job: FetchJob) -> str:
+    return f"bytes {job.start}-{job.stop} of {shown(job.locator.url)}"

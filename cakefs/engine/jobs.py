@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+import trio
+
 from cakefs.engine.confirm import confirm_source
 from cakefs.engine.fetch import Fetcher, Pending, Priority
 from cakefs.engine.local import stream
@@ -18,6 +20,7 @@ Progress = Callable[[int], None]
 
 BATCH_BYTES = 64 * MIB  # Asked for at once by pull: enough to coalesce, little enough that the progress bar moves.
 BATCH_CHUNKS = 4096  # The same for many small tensors.
+ROUNDS = 3  # Fetch and seal again what did not match its sums when it was sealed.
 QUEUED = 8  # Flights queued behind the running ones, so that no connection waits for the planner.
 
 
@@ -55,7 +58,9 @@ def missing_chunks(store: Store, manifest: Manifest, span: int) -> list[ChunkRef
 
 
 async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequence[File], progress: Progress) -> int:
-    """Fetches what is missing of the files, seals it and confirms the upstream files that became complete.
+    """Fetches what is missing of the files, seals it and confirms the upstream files that are complete.
+
+    Takes up whatever a process that ended left: parts, whole tensors not sealed, whole files not confirmed.
 
     Returns:
         Bytes that were missing at the start.
@@ -64,6 +69,25 @@ async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequen
         StoreFull: Not all of it could be kept.
         CorruptData: An upstream file does not have its published SHA-256; its bytes were dropped.
     """
+    spans = file_spans(manifest, files)
+    left = _unsealed(store, manifest, spans)
+    progress(sum(manifest.spans[span].size for span in set(spans) - set(left)))
+    fetched = 0
+    for _ in range(ROUNDS):
+        fetched += await _fetch(store, fetcher, manifest, left, progress)
+        await fetcher.flush()
+        _check_kept(store, fetcher)
+        left = _unsealed(store, manifest, left)
+        await trio.to_thread.run_sync(store.seal, [manifest.key(span) for span in left])
+        left = _unsealed(store, manifest, left)
+        if not left:
+            await _confirm(store, fetcher, manifest, {manifest.spans[span].source for span in spans})
+            return fetched
+    raise CorruptData(f"{_label(manifest, left[0])} does not stay in the store", hint="cakefs verify --repair")
+
+
+async def _fetch(store: Store, fetcher: Fetcher, manifest: Manifest, spans: list[int], progress: Progress) -> int:
+    """Fetches the missing chunks of spans; returns their bytes."""
     fetched = 0
     batch: list[ChunkRef] = []
     batch_bytes = 0
@@ -74,7 +98,7 @@ async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequen
             progress(pending.size)
 
     async with open_flat_nursery() as nursery:
-        for span in file_spans(manifest, files):
+        for span in spans:
             missing = missing_chunks(store, manifest, span)
             size = sum(chunk_size(manifest, ref) for ref in missing)
             progress(manifest.spans[span].size - size)
@@ -88,12 +112,23 @@ async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequen
             _check_kept(store, fetcher)
         if batch:
             nursery.start_soon(follow, fetcher.want(manifest, batch, Priority.AHEAD))
-    await fetcher.flush()
-    _check_kept(store, fetcher)
-    if fetcher.refuted:
-        paths = [source.path for source in manifest.sources if source.identity in fetcher.refuted]
-        raise CorruptData(f"{', '.join(paths)} came without the published SHA-256 and was dropped", hint="pull again")
     return fetched
+
+
+def _unsealed(store: Store, manifest: Manifest, spans: Sequence[int]) -> list[int]:
+    sealed = store.catalog.recorded([manifest.key(span) for span in spans])
+    return [span for span in spans if manifest.key(span) not in sealed]
+
+
+async def _confirm(store: Store, fetcher: Fetcher, manifest: Manifest, sources: Iterable[int]) -> None:
+    """Confirms complete files unless the transfer processes have. Raises CorruptData for one that is refuted."""
+    refuted = []
+    for source in (manifest.sources[i] for i in sorted(sources)):
+        ok = await trio.to_thread.run_sync(confirm_source, store, source.identity, source.locator.size)
+        if ok is False or source.identity in fetcher.refuted:
+            refuted.append(source.path)
+    if refuted:
+        raise CorruptData(f"{', '.join(refuted)} came without the published SHA-256 and was dropped", hint="pull again")
 
 
 def _check_kept(store: Store, fetcher: Fetcher) -> None:
@@ -112,6 +147,7 @@ def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool
         repair: Forget what does not hold, so that it counts as missing.
     """
     bad: list[str] = []
+    damaged: set[str] = set()
     buffer = memoryview(bytearray(4 * MIB))
     spans = read = 0
     for span in range(len(manifest.spans)):
@@ -125,10 +161,13 @@ def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool
                 progress(len(piece))
         except CorruptData as error:
             bad.append(f"{_label(manifest, span)}: {error.message}")
+            damaged.add(key.identity)
             if repair:
                 store.drop_span(key)
     confirmed = incomplete = 0
     for source in manifest.sources:
+        if source.identity in damaged:
+            continue  # What is wrong with it is known; the rest of it need not be dropped.
         ok = confirm_source(store, source.identity, source.locator.size, again=True)
         confirmed += ok is True
         incomplete += ok is None and bool(source.sha256)

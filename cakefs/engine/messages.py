@@ -73,6 +73,8 @@ class Flush(Struct, frozen=True, tag=True):
 Request = Settings | FetchJob | Flush
 Report = Arrived | Done | Failed | Confirmed | Idle
 
+SPARE_CONNECTIONS = 32  # Beyond `connections`, for files of which nothing is on its way while others stall.
+
 _LENGTH = 4
 _LIMIT = 1 << 30  # A longer message is a broken stream.
 

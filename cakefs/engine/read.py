@@ -176,8 +176,11 @@ class FileReader:
         return buffer if outcome is Outcome.DONE else None
 
     def _fill(self, buffer: memoryview, offset: int, *, wait: bool) -> Outcome:
+        pieces = self._file.layout.locate(offset, len(buffer))
+        if len(pieces) == 1:
+            return self._fill_piece(self._open(pieces[0]), pieces[0], buffer, wait)
         at = 0
-        for piece in self._file.layout.locate(offset, len(buffer)):
+        for piece in pieces:
             outcome = self._fill_piece(self._open(piece), piece, buffer[at : at + piece.size], wait)
             if outcome is not Outcome.DONE:
                 return outcome

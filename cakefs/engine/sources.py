@@ -57,5 +57,5 @@ async def list_source(source: HubSource | UrlSource, config: Config, token: str 
     if config.offline:
         raise UserError("cannot add a model offline", hint="leave out --offline and unset HF_HUB_OFFLINE")
     if isinstance(source, UrlSource):
-        return await web.list_url(source.url, http)
+        return await web.list_url(source.url, http, hubs=(config.endpoint, *web.HUBS))
     return await hub.list_repo(source.repo, source.revision, endpoint=config.endpoint, token=token)

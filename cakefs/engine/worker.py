@@ -19,6 +19,7 @@ import trio
 
 from cakefs.engine import confirm
 from cakefs.engine.messages import (
+    SPARE_CONNECTIONS,
     Arrived,
     Confirmed,
     Done,
@@ -207,7 +208,7 @@ async def _serve() -> None:
 def _build(settings: Settings, report: Callable[[Report], None]) -> Worker:
     store = Store.open(Path(settings.store), create=False)
     http = HttpRemote(tokens=settings.tokens)
-    remote = Retry(Limit(Log(http), settings.connections), budget_s=settings.read_timeout_s)
+    remote = Retry(Limit(Log(http), settings.connections + SPARE_CONNECTIONS), budget_s=settings.read_timeout_s)
     return Worker(store, remote, report)
 
 

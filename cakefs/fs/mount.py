@@ -31,6 +31,9 @@ T = TypeVar("T")
 # `hf-mount` as fsname would make transformers read whole files instead of mapping them.
 OPTIONS = frozenset({"fsname=cakefs", "subtype=cakefs", "ro", "default_permissions"})
 READ_AHEAD_KIB = 4096
+# Requests of the kernel's readahead on their way at once. With its 12, three readers of a file that stalls would fill
+# them, and every other file would wait.
+BACKGROUND = 128
 # Requests answered at once. Each may be a read that waits for the network: the others must not wait behind it.
 MAX_TASKS = 512
 PLACE_TIMEOUT_S = 10.0
@@ -121,23 +124,29 @@ async def _announce(path: str, on_ready: Callable[[], object] | None) -> None:
         await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
     except OSError as error:
         raise CakeError(f"the mount at {path} does not answer: {error.strerror}") from error
-    if os.geteuid() == 0:
-        _raise_readahead(path)
+    _raise_limits(path)
     log.info("serving %s", path)
     if on_ready is not None:
         on_ready()
     _notify("READY=1")
 
 
-def _raise_readahead(path: str) -> None:
-    """The kernel's 128 KiB mean two requests in flight, which a slow store cannot live with."""
+def _raise_limits(path: str) -> None:
+    """The kernel's readahead of 128 KiB means two requests in flight, which a slow store cannot live with."""
     mount = cakefs_at(path)
-    setting = Path(f"/sys/class/bdi/{mount.device if mount else '-'}/read_ahead_kb")
+    if mount is None:
+        return
+    if os.geteuid() == 0:
+        _raise(f"/sys/class/bdi/{mount.device}/read_ahead_kb", READ_AHEAD_KIB)
+    _raise(f"/sys/fs/fuse/connections/{mount.device.partition(':')[2]}/max_background", BACKGROUND)
+
+
+def _raise(setting: str, value: int) -> None:
     try:
-        if int(setting.read_text()) < READ_AHEAD_KIB:
-            setting.write_text(str(READ_AHEAD_KIB))
+        if int(Path(setting).read_text()) < value:
+            Path(setting).write_text(str(value))
     except OSError as error:
-        log.info("readahead stays as it is: %s", error)  # a container with a read-only /sys
+        log.info("%s stays as it is: %s", os.path.basename(setting), error.strerror)  # in a container, mostly
 
 
 def _notify(state: str) -> None:

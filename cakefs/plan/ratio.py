@@ -41,10 +41,10 @@ class Ratio(NamedTuple):
 
 def parse_ratios(text: str) -> tuple[Ratio, ...]:
     """`0:.3,.2:.4,.4:1`."""
-    return tuple(_parse_ratio(item.strip(), f"ratio_repeat[{i}]") for i, item in enumerate(text.split(",")))
+    return tuple(parse_ratio(item.strip(), f"ratio_repeat[{i}]") for i, item in enumerate(text.split(",")))
 
 
-def _parse_ratio(item: str, where: str) -> Ratio:
+def parse_ratio(item: str, where: str) -> Ratio:
     start, colon, end = (part.strip() for part in item.partition(":"))
     if not colon or not _DECIMAL.fullmatch(start) or not _DECIMAL.fullmatch(end):
         raise UserError(f"{where}: {brief(item)} is not a pair START:END", hint="write it like '0:.3,.2:.4,.4:1'")

@@ -40,11 +40,21 @@ class Readahead:
         self._seen = bytearray(len(starts))  # heads that were touched
         self._streams: OrderedDict[int, int] = OrderedDict()  # end of a stream's last read -> its window
         self._heads = 0
+        self._quiet = ByteRange(0, 0)  # a run that is at `start` and needs no look before `stop`
         self._asked: list[ByteRange] = []  # disjoint, rising, never touching
 
     def observe(self, offset: int, size: int) -> list[ByteRange]:
         """Notes a read of `size` bytes at `offset`; returns what should be fetched soon and was not asked for yet."""
         stop = offset + size
+        if offset == self._quiet[0] and stop < self._quiet[1]:
+            self._quiet = ByteRange(stop, self._quiet[1])
+            return []
+        return self._look(offset, stop)
+
+    def _look(self, offset: int, stop: int) -> list[ByteRange]:
+        if self._quiet[1]:
+            self._remember(self._quiet[0], LAST_WINDOW)
+            self._quiet = ByteRange(0, 0)
         window = self._continued(offset, stop)
         if offset < (self._starts[0] if self._starts else 0):
             self._remember(stop, 0)
@@ -52,7 +62,10 @@ class Readahead:
         if window is not None:
             window = min(LAST_WINDOW, max(RUN_WINDOW, 2 * window))
             self._remember(stop, window)
-            return self._ask(stop, stop + window)
+            wanted = self._ask(stop, stop + window)
+            if window == LAST_WINDOW:
+                self._quiet = ByteRange(stop, self._frontier(stop) - LAST_WINDOW // 2)
+            return wanted
         head = bisect_left(self._starts, offset)
         if head < len(self._starts) and self._starts[head] < stop:
             return self._touched_head(head, stop)
@@ -62,6 +75,7 @@ class Readahead:
     def forget(self) -> None:
         """What was asked for did not come (or went): later observations may ask for it again."""
         self._asked.clear()
+        self._quiet = ByteRange(0, 0)
 
     def _continued(self, offset: int, stop: int) -> int | None:
         """The window of the stream that this read goes on with, taken out of the table."""
@@ -84,8 +98,7 @@ class Readahead:
     def _ask(self, position: int, target: int) -> list[ByteRange]:
         """Asks only when half of the window is new, so that requests stay large."""
         target = min(target, self._size)
-        at = bisect_right(self._asked, (position, self._size + 1)) - 1
-        frontier = max(position, self._asked[at].stop) if at >= 0 else position
+        frontier = self._frontier(position)
         if frontier >= target or (
             frontier > position and target < self._size and 2 * (target - frontier) < target - position
         ):
@@ -97,6 +110,11 @@ class Readahead:
             self._asked.remove(r)
         insort(self._asked, ByteRange(*_hull([wanted, *overlapping])))
         return new
+
+    def _frontier(self, position: int) -> int:
+        """The first byte from `position` on that was not asked for."""
+        at = bisect_right(self._asked, (position, self._size + 1)) - 1
+        return max(position, self._asked[at].stop) if at >= 0 else position
 
     def _remember(self, stop: int, window: int) -> None:
         self._streams[stop] = window

@@ -26,6 +26,7 @@ SMALLEST_MAP = 16 * MIB
 MAX_READERS = 512
 MAX_TABLES = 16
 
+_ERRNOS = (errno.EROFS, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
 _BROKEN = (
     lmdb.InvalidError,
     lmdb.CorruptedError,
@@ -215,8 +216,9 @@ class _Gate:
 
 
 def _code(error: Exception) -> int:
+    """The errno behind an error; lmdb before 3 only tells it in words."""
     code = error.errno if isinstance(error, OSError) else getattr(error, "code", 0)
-    return code or 0
+    return code or next((number for number in _ERRNOS if str(error).endswith(os.strerror(number))), 0)
 
 
 @contextmanager

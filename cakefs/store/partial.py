@@ -124,7 +124,6 @@ class Partial:
             raise ValueError(f"chunk {chunk} of {len(data)} bytes for a span of {self.size}")
         if not self.check(chunk):
             self._own_data()
-            self.clear(chunk)
             write_full(self.data.fd, data, chunk << CHUNK_SHIFT)
             self._set(chunk, chunk_sum(data))
         # In a sequential fetch the next chunk is missing, which spares the scan of all that came before.
@@ -200,18 +199,20 @@ class Partial:
 def open_partial(directory: Path, key: SpanKey) -> OpenPartial | None:
     """For reading, without a lock. Returns: None when there is none, or none that is whole at this moment."""
     base, header, count = os.path.join(directory, partial_name(key)), _pack_header(key), chunk_count(key.size)
-    try:
-        map = open_file(base + ".map", os.O_RDONLY)
-        data = open_file(base + ".data", os.O_RDONLY)
-    except FileNotFoundError:
-        return None
-    stat = os.fstat(map.fd)
-    # The link count last: it proves that map and data were both there at the time, and so belong together.
-    if stat.st_size != len(header) + _ENTRY.size * count or os.pread(map.fd, len(header), 0) != header:
-        return None
-    if os.fstat(data.fd).st_size != key.size or not stat.st_nlink:
-        return None
-    return OpenPartial(data, MapSums(map, len(header), count))
+    while True:
+        try:
+            map = open_file(base + ".map", os.O_RDONLY)
+            data = open_file(base + ".data", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        stat = os.fstat(map.fd)
+        if not stat.st_nlink:
+            continue  # removed meanwhile: the data may be that of the next partial of this span
+        if stat.st_size != len(header) + _ENTRY.size * count or os.pread(map.fd, len(header), 0) != header:
+            return None
+        if os.fstat(data.fd).st_size != key.size:
+            return None
+        return OpenPartial(data, MapSums(map, len(header), count))
 
 
 def local_size(directory: Path, key: SpanKey) -> int:

@@ -250,7 +250,7 @@ class Store:
         if not self.catalog.readonly:
             try:
                 self.blobs.forget(record)
-            except CakeError as error:  # a full disk must not fail a read
+            except (CakeError, OSError) as error:  # a full disk must not fail a read
                 _log.warning("%s", error)
 
     def _blob_content(self, key: SpanKey, record: BlobRecord) -> Content | None:

@@ -16,9 +16,12 @@ from tests.bench.readers import drop_cache, map_all, read_all
 
 GB = 1_000_000_000
 MODEL = "bench/local"
-LOAD = (
-    "import sys, transformers as t; m = t.AutoModelForCausalLM.from_pretrained(sys.argv[1]); m(t.torch.arange(4)[None])"
-)
+LOAD = """
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    model(torch.arange(4)[None])
+"""
 
 
 def local_reads(work: Path, rounds: int) -> Iterator[Result]:
@@ -144,7 +147,9 @@ def first_load(work: Path, rounds: int, *, rate: float = 125e6, latency: float =
 
 def _load(path: Path) -> None:
     env = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([sys.executable, "-c", LOAD, str(path)], env=env, check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", LOAD, str(path)], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"loading {path}: exit {done.returncode}\n{done.stderr[-2000:]}")
 
 
 def adding(work: Path, rounds: int) -> Iterator[Result]:

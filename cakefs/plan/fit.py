@@ -1,0 +1,113 @@
+"""Whether models fit together in one merge: refusals that mergekit leaves to the loader, or to nobody. Pure."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from cakefs.errors import UserError
+from cakefs.formats.strictjson import brief
+from cakefs.plan.parents import Parent
+
+# A model of another size in any of these cannot take the other's layers, whatever the shapes say.
+_SIZES = (
+    "hidden_size", "n_embd", "d_model", "num_attention_heads", "n_head", "num_key_value_heads", "head_dim",
+    "kv_lora_rank", "q_lora_rank", "num_experts", "num_local_experts", "n_routed_experts",
+)  # fmt: skip
+# What a layer calculates with: the donor's value holds for all.
+_ALIKE = (
+    "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
+    "hidden_act", "activation_function", "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar", "partial_rotary_factor",
+    "num_experts_per_tok", "norm_topk_prob", "attention_multiplier", "residual_multiplier",
+)  # fmt: skip
+
+
+def check_fit(donor: Parent, others: Mapping[str, Parent]) -> list[str]:
+    """Warnings. Raises UserError where a model cannot share a stack with the donor.
+
+    Args:
+        others: By the entry of the recipe that names them.
+    """
+    warnings: list[str] = []
+    for where, other in others.items():
+        if other.manifest is donor.manifest:
+            continue
+        for key in ("model_type", "architectures"):
+            _refuse_other(donor, other, where, key, donor.config.get(key), other.config.get(key))
+        if other.prefix != donor.prefix:
+            raise UserError(
+                f"{where}: layers of {other.name} are named {other.prefix}.N, those of {donor.name} {donor.prefix}.N"
+            )
+        own, theirs = donor.text_config(), other.text_config()
+        for key in _SIZES:
+            if key in own and key in theirs:
+                _refuse_other(donor, other, where, key, own[key], theirs[key])
+        differing = [key for key in _ALIKE if own.get(key) != theirs.get(key)]
+        if differing:
+            warnings.append(
+                f"{other.name} and {donor.name} differ in {', '.join(differing)}: {donor.name}'s holds for all"
+            )
+        _check_shapes(donor, other, where)
+    return warnings
+
+
+def _refuse_other(donor: Parent, other: Parent, where: str, key: str, own: object, theirs: object) -> None:
+    if own != theirs:
+        raise UserError(f"{where}: {key} of {other.name} is {brief(theirs)}, of {donor.name} {brief(own)}")
+
+
+def _check_shapes(donor: Parent, other: Parent, where: str) -> None:
+    """Every tensor inside a layer has, in some layer of the donor, the shape it has here."""
+    known: dict[str, set[tuple[int, ...]]] = {}
+    for tensors in donor.layers.values():
+        for rest, part in tensors.items():
+            known.setdefault(rest, set()).add(part.shape)
+    for tensors in other.layers.values():
+        for rest, part in tensors.items():
+            if rest in known and part.shape not in known[rest]:
+                shapes = ", ".join(str(list(shape)) for shape in sorted(known[rest]))
+                raise UserError(
+                    f"{where}: {part.name} of {other.name} has shape {list(part.shape)}, in {donor.name} it is {shapes}"
+                )
+
+
+def check_vocabulary(before: Parent, after: Parent, head: str | None) -> None:
+    """Raises UserError where the head scores other tokens than the embedding knows."""
+    embedding = before.token_embedding()
+    for name, part in after.heads().items() if head is None else ():
+        if embedding and len(part.shape) == len(embedding.shape) == 2 and part.shape[0] != embedding.shape[0]:
+            raise UserError(
+                f"{name} of {after.name} scores {part.shape[0]} tokens, {embedding.name} of {before.name} knows"
+                f" {embedding.shape[0]}"
+            )
+
+
+def check_ties(parents: Iterable[Parent], head: Parent | None) -> None:
+    """Raises UserError where some models' head is their embedding and others' is not, and none is named."""
+    tied = {parent.name: parent.is_tied() for parent in parents}
+    if head is None and len(set(tied.values())) > 1:
+        with_head = next(name for name, is_tied in tied.items() if not is_tied)
+        without = next(name for name, is_tied in tied.items() if is_tied)
+        raise UserError(
+            f"{without} uses its embedding as head, {with_head} has one of its own",
+            hint=f"say whose head to use: `head: {with_head}` at the top of the recipe",
+        )
+    for parent in () if head is not None else parents:
+        if parent.config.get("tie_word_embeddings") is False and not parent.heads() and _generates(parent):
+            raise UserError(f"{parent.name} has no head, and its config says that the embedding is none")
+
+
+def _generates(parent: Parent) -> bool:
+    kinds = parent.config.get("architectures") or [""]
+    return "CausalLM" in str(kinds[0]) or "LMHead" in str(kinds[0])
+
+
+def odd_layers(parent: Parent, used: Sequence[int]) -> list[str]:
+    """Warnings for layers that lack tensors which most layers of the model have."""
+    sets = {layer: frozenset(parent.layers[layer]) for layer in parent.layers if layer < parent.depth}
+    counts: dict[frozenset[str], int] = {}
+    for names in sets.values():
+        counts[names] = counts.get(names, 0) + 1
+    usual = max(counts, key=lambda names: counts[names])
+    return [
+        f"layer {layer} of {parent.name} has no {min(usual - sets[layer]).lstrip('.')}; it is kept as it is"
+        for layer in sorted(set(used))
+        if sets[layer] < usual
+    ]

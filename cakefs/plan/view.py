@@ -1,0 +1,159 @@
+"""The manifest of a view: tensors and files of other manifests under new names, self-contained. Pure.
+
+Sources and spans are copied from the parents, so removing or updating one changes no byte of the view. Its
+`model.safetensors` is a header of its own, then for each tensor a segment that already exists in a parent (or several:
+a repeated layer costs nothing) or one that is calculated, in the official writer's order.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from cakefs.errors import UserError
+from cakefs.formats.safetensors import TensorSpec, build_header, canonical_key
+from cakefs.model import (
+    COMPUTED,
+    Computed,
+    Digest,
+    Extent,
+    File,
+    Literal,
+    Manifest,
+    Segment,
+    Source,
+    Span,
+    StackLayer,
+    TensorInfo,
+    View,
+    leaves,
+)
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+PutLiteral = Callable[[bytes], Digest]
+ReadSmall = Callable[[Manifest, str], bytes]
+"""The bytes of a small file of a model's directory."""
+
+Bytes = Extent | Computed
+
+# What makes a directory of weights loadable, by name; weights, model cards and training state stay behind.
+_BESIDE = re.compile(r"[^/]+\.(json|txt|model|jinja|py|tiktoken|vocab|bpe|spm)|(LICEN[CS]E|NOTICE|USE_POLICY)[^/]*")
+_BEHIND = re.compile(
+    r"config\.json|.*\.index(\..+)?\.json|(adapter_|trainer_|training_|optimizer).*|README.*|hashes\.json",
+    re.IGNORECASE,
+)
+_BELOW = ("additional_chat_templates/",)
+
+
+class Part(NamedTuple):
+    """A tensor of a manifest's `model.safetensors`; `data` counts in that manifest's spans."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Bytes
+
+
+def parts_of(manifest: Manifest) -> dict[str, Part]:
+    """The tensors of `model.safetensors` in the model's top directory, by name.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    file = manifest.shown(View.MODEL).get(WEIGHTS)
+    if file is None:
+        raise UserError(f"{manifest.name} has no {WEIGHTS}", hint="only models in safetensors can be sliced and merged")
+    if manifest.stack:
+        data: Sequence[Segment] = file.segments[1:]
+        pairs = zip(manifest.tensors, data, strict=True)
+        return {t.name: Part(t.name, t.dtype, t.shape, s) for t, s in pairs if not isinstance(s, Literal)}
+    spans = {s.span for s in file.segments if isinstance(s, Extent)}
+    sizes = manifest.spans
+    return {
+        t.name: Part(t.name, t.dtype, t.shape, Extent(t.span, 0, sizes[t.span].size))
+        for t in manifest.tensors
+        if t.span in spans
+    }
+
+
+def donor_files(manifest: Manifest) -> list[File]:
+    """Tokenizer, templates, code, licence: all that is no weight, config or model card."""
+    return [
+        file
+        for path, file in manifest.shown(View.MODEL).items()
+        if path.startswith(_BELOW) or (_BESIDE.fullmatch(path) and not _BEHIND.fullmatch(path))
+    ]
+
+
+class ViewBuilder:
+    """Grows the tables of a view."""
+
+    def __init__(self, put_literal: PutLiteral) -> None:
+        self._put_literal = put_literal
+        self._sources: dict[Source, int] = {}
+        self._spans: dict[tuple[int, int, int], int] = {}
+        self._taken: dict[tuple[int, int], int] = {}  # (id of a parent, span in it) -> span here
+        self._parents: list[Manifest] = []  # alive, so that their ids stay theirs
+        self._tensors: list[tuple[TensorSpec, Bytes]] = []
+        self._files: dict[str, File] = {}
+
+    def take(self, manifest: Manifest, data: Bytes) -> Bytes:
+        """The same bytes, counted in the view's spans."""
+        if isinstance(data, Computed):
+            inputs = tuple(self.take(manifest, part) for part in data.inputs)
+            return Computed(data.op, data.dtype, data.size, inputs, data.dtypes, data.params)
+        return Extent(self._span(manifest, data.span), data.start, data.stop)
+
+    def _span(self, manifest: Manifest, span: int) -> int:
+        known = self._taken.get((id(manifest), span))
+        if known is None:
+            if not any(parent is manifest for parent in self._parents):
+                self._parents.append(manifest)
+            old = manifest.spans[span]
+            source = manifest.sources[old.source]
+            index = self._sources.setdefault(source, len(self._sources))
+            known = self._spans.setdefault((index, old.start, old.stop), len(self._spans))
+            self._taken[id(manifest), span] = known
+        return known
+
+    def add_tensor(self, name: str, dtype: str, shape: tuple[int, ...], data: Bytes) -> None:
+        """`data` as `take` or a calculation over what it gave."""
+        self._tensors.append((TensorSpec(name, dtype, shape), data))
+
+    def add_file(self, manifest: Manifest, file: File) -> None:
+        segments = tuple(s if isinstance(s, Literal) else self.take(manifest, s) for s in file.segments)
+        self._files[file.path] = File(file.path, file.size, View.MODEL, segments)
+
+    def add_bytes(self, path: str, data: bytes) -> None:
+        literal = Literal(self._put_literal(data), len(data))
+        self._files[path] = File(path, len(data), View.MODEL, (literal,) if data else ())
+
+    def build(self, name: str, origin: str, created: int, stack: Sequence[StackLayer]) -> Manifest:
+        self._tensors.sort(key=lambda tensor: canonical_key(tensor[0]))
+        header = build_header((spec for spec, _ in self._tensors), {"format": "pt"}, f"{WEIGHTS} of {name}")
+        data = [segment for _, segment in self._tensors]
+        segments: list[Segment] = [Literal(self._put_literal(header), len(header)), *data]
+        weights = File(WEIGHTS, sum(s.size for s in segments), View.MODEL, tuple(segments))
+        spans = tuple(Span(*key) for key in self._spans)
+        whole = (s.span if isinstance(s, Extent) and s.size == spans[s.span].size else COMPUTED for s in data)
+        tensors = tuple(TensorInfo(*spec, span) for (spec, _), span in zip(self._tensors, whole, strict=True))
+        files = {**self._files, WEIGHTS: weights}
+        return Manifest(
+            name=name,
+            origin=origin,
+            revision="",
+            requested="",
+            created=created,
+            sources=tuple(self._sources),
+            spans=spans,
+            tensors=tensors,
+            files=tuple(files[path] for path in sorted(files)),
+            stack=tuple(stack),
+        )
+
+
+def byte_keys(manifest: Manifest, data: Bytes) -> tuple[object, ...]:
+    """Equal for two tensors only where their bytes are known to be equal without a look at them."""
+    formula = () if isinstance(data, Extent) else (data.op, data.params, data.dtypes)
+    return (*formula, *((manifest.key(e.span), e.start, e.stop) for e in leaves(data)))
