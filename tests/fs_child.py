@@ -111,6 +111,12 @@ class FakeLibrary:
         self.manifest(manifest_id)
         return FakeReader(self, self._manifests[manifest_id][1]["files"][file.path], file.path)
 
+    async def refuted(self) -> str:
+        await trio.sleep_forever()
+
+    def uses(self, manifest_id: str, file: File, identity: str) -> bool:
+        return False
+
     def status(self) -> dict[str, object]:
         return {"models": len(self._load()["models"]), "readers_closed": self.closed}
 

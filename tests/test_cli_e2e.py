@@ -306,13 +306,37 @@ def test_pull_into_a_full_store_is_exit_30_and_keeps_what_fits(cli: Cli, hub: Hu
         subprocess.run(["umount", cli.store], check=True)
 
 
-def test_corrupted_transfer_is_exit_20_and_pull_mends_it(cli: Cli, hub: Hub) -> None:
+def test_transfer_that_was_corrupted_is_fetched_once_more(cli: Cli, hub: Hub) -> None:
     hub.add_repo("org/name", {"model.safetensors": big()})
     cli.call("add", "org/name")
     hub.fault("corrupt", "*.safetensors", position=5_000_000)
+    pulled = cli.json("pull", "org/name")
+    assert pulled["fetched_bytes"] > 8_000_000
+    assert pulled["verified"] is True
+
+
+def test_transfer_that_is_always_corrupted_is_exit_20(cli: Cli, hub: Hub) -> None:
+    hub.add_repo("org/name", {"model.safetensors": big()})
+    cli.call("add", "org/name")
+    hub.fault("corrupt", "*.safetensors", times=None, position=5_000_000)
     assert "model.safetensors" in cli.call("pull", "org/name", code=20).stderr
     assert cli.json("ls")[0]["verified"] is False
+    hub.clear_faults()
     assert cli.json("pull", "org/name")["verified"] is True
+
+
+def test_pull_takes_up_what_a_killed_pull_left(cli: Cli, hub: Hub) -> None:
+    hub.add_repo("org/name", {"model.safetensors": big()})
+    cli.call("add", "org/name")
+    hub.fault("stall", "*.safetensors", times=None, position=7_000_000)
+    process = cli.start("pull", "org/name")
+    wait_until(lambda: cli.json("ls")[0]["local_bytes"] > 6_000_000)
+    process.kill()
+    process.communicate()
+    hub.clear_faults()
+    pulled = cli.json("pull", "org/name")
+    assert pulled["fetched_bytes"] <= 2_000_000
+    assert pulled["verified"] is True
 
 
 def test_verify_finds_and_repairs_damage_on_disk(cli: Cli, hub: Hub) -> None:

@@ -7,7 +7,7 @@ that a reader waits for go first; readahead and pull use what is left, and alway
 import itertools
 import logging
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
 import trio
@@ -113,7 +113,7 @@ class Fetcher:
         self._idle: dict[WorkerProcess, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
         self.counters = Counters()
-        self.refuted: list[str] = []  # identities whose bytes failed their SHA-256, for the reader's pool to drop
+        self.on_refuted: Callable[[str], None] = lambda identity: None  # Called when bytes failed their SHA-256.
 
     # -- life ------------------------------------------------------------------------------------------------------
 
@@ -326,7 +326,7 @@ class Fetcher:
             self.counters.confirmed += 1
         else:
             self.counters.refuted += 1
-            self.refuted.append(report.identity)
+            self.on_refuted(report.identity)
 
     def _on_death(self, worker: WorkerProcess, lost: list[FetchJob]) -> None:
         """The jobs of a process that died go to another; what it wrote is in the store already."""

@@ -20,7 +20,7 @@ Progress = Callable[[int], None]
 
 BATCH_BYTES = 64 * MIB  # Asked for at once by pull: enough to coalesce, little enough that the progress bar moves.
 BATCH_CHUNKS = 4096  # The same for many small tensors.
-ROUNDS = 3  # Fetch and seal again what did not match its sums when it was sealed.
+ROUNDS = 2  # What turns out wrong is fetched once more.
 QUEUED = 8  # Flights queued behind the running ones, so that no connection waits for the planner.
 
 
@@ -63,11 +63,11 @@ async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequen
     Takes up whatever a process that ended left: parts, whole tensors not sealed, whole files not confirmed.
 
     Returns:
-        Bytes that were missing at the start.
+        Bytes that were fetched.
 
     Raises:
         StoreFull: Not all of it could be kept.
-        CorruptData: An upstream file does not have its published SHA-256; its bytes were dropped.
+        CorruptData: What came is wrong, and was so again; it was dropped.
     """
     spans = file_spans(manifest, files)
     left = _unsealed(store, manifest, spans)
@@ -77,13 +77,14 @@ async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequen
         fetched += await _fetch(store, fetcher, manifest, left, progress)
         await fetcher.flush()
         _check_kept(store, fetcher)
-        left = _unsealed(store, manifest, left)
-        await trio.to_thread.run_sync(store.seal, [manifest.key(span) for span in left])
-        left = _unsealed(store, manifest, left)
+        unsealed = [manifest.key(span) for span in _unsealed(store, manifest, left)]
+        await trio.to_thread.run_sync(store.seal, unsealed)
+        await trio.to_thread.run_sync(_confirm, store, manifest, {manifest.spans[span].source for span in spans})
+        left = _unsealed(store, manifest, spans)
         if not left:
-            await _confirm(store, fetcher, manifest, {manifest.spans[span].source for span in spans})
             return fetched
-    raise CorruptData(f"{_label(manifest, left[0])} does not stay in the store", hint="cakefs verify --repair")
+    paths = sorted({manifest.sources[manifest.spans[span].source].path for span in left})
+    raise CorruptData(f"what came of {', '.join(paths)} is not what was published, and was dropped", hint="pull again")
 
 
 async def _fetch(store: Store, fetcher: Fetcher, manifest: Manifest, spans: list[int], progress: Progress) -> int:
@@ -120,15 +121,10 @@ def _unsealed(store: Store, manifest: Manifest, spans: Sequence[int]) -> list[in
     return [span for span in spans if manifest.key(span) not in sealed]
 
 
-async def _confirm(store: Store, fetcher: Fetcher, manifest: Manifest, sources: Iterable[int]) -> None:
-    """Confirms complete files unless the transfer processes have. Raises CorruptData for one that is refuted."""
-    refuted = []
-    for source in (manifest.sources[i] for i in sorted(sources)):
-        ok = await trio.to_thread.run_sync(confirm_source, store, source.identity, source.locator.size)
-        if ok is False or source.identity in fetcher.refuted:
-            refuted.append(source.path)
-    if refuted:
-        raise CorruptData(f"{', '.join(refuted)} came without the published SHA-256 and was dropped", hint="pull again")
+def _confirm(store: Store, manifest: Manifest, sources: Iterable[int]) -> None:
+    """Confirms complete files that the transfer processes have not; drops those with another SHA-256. In a thread."""
+    for source in (manifest.sources[i] for i in sources):
+        confirm_source(store, source.identity, source.locator.size)
 
 
 def _check_kept(store: Store, fetcher: Fetcher) -> None:

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 
 from cakefs.engine.read import FileReader, OpenFile, Reading
-from cakefs.model import Extent, File, Literal, Manifest, Source
+from cakefs.model import Extent, File, Literal, Manifest, Source, leaves
 from cakefs.store.lease import Lease
 from cakefs.store.store import Store
 
@@ -55,6 +55,17 @@ class Library:
         else:
             self._files.move_to_end(key)
         return FileReader(self._reading, opened)
+
+    async def refuted(self) -> str:
+        identity = await self._reading.refuted.receive()
+        for opened in self._files.values():
+            opened.readahead.forget()
+        return identity
+
+    def uses(self, manifest_id: str, file: File, identity: str) -> bool:
+        manifest = self.manifest(manifest_id)
+        extents = (extent for segment in file.segments for extent in leaves(segment))
+        return any(manifest.sources[manifest.spans[e.span].source].identity == identity for e in extents)
 
     def status(self) -> Mapping[str, object]:
         reads, net = self._reading.counters, self._reading.fetcher.counters

@@ -5,6 +5,7 @@ bisect, a dict look-up and one preadv into a buffer that is used again for the n
 `FileReader.read`.
 """
 
+import math
 from array import array
 
 import trio
@@ -66,6 +67,13 @@ class Reading:
         self.readahead = readahead
         self.counters = ReadCounters()
         self.reply = Reply()
+        self._tell_refuted, self.refuted = trio.open_memory_channel[str](math.inf)
+        fetcher.on_refuted = self._drop
+
+    def _drop(self, identity: str) -> None:
+        """A file failed its SHA-256: what is open of it is not served any more, by us or by who remembers it."""
+        self.pool.discard_source(identity)
+        self._tell_refuted.send_nowait(identity)
 
 
 class OpenFile:
@@ -136,7 +144,6 @@ class FileReader:
         """Nothing is held by a handle alone."""
 
     async def _read(self, offset: int, stop: int) -> memoryview:
-        self._drop_refuted()
         for _ in range(ROUNDS):
             missing = self._missing(offset, stop)
             if missing:
@@ -260,9 +267,3 @@ class FileReader:
             content = self._open(piece)
             if content is not None:
                 content.willneed(piece.start, piece.start + piece.size)
-
-    def _drop_refuted(self) -> None:
-        """A file failed its SHA-256: what is open of it must not be served any more."""
-        refuted = self._shared.fetcher.refuted
-        while refuted:
-            self._shared.pool.discard_source(refuted.pop())

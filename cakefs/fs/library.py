@@ -52,6 +52,14 @@ class Library(Protocol):
         """Cheap and without network: loaders take any error here for "No such file"."""
         ...
 
+    async def refuted(self) -> str:
+        """Waits until some of the bytes that were served turn out to be wrong; returns the identity of their source."""
+        ...
+
+    def uses(self, manifest_id: str, file: File, identity: str) -> bool:
+        """Whether bytes of a source are shown in a file."""
+        ...
+
     def status(self) -> Mapping[str, object]:
         """Live counters, fit for JSON."""
         ...

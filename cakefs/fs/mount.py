@@ -67,7 +67,7 @@ async def serve(
             raise
         claim.release()
         try:
-            await _serve_requests(signals, path, on_ready)
+            await _serve_requests(ops, signals, path, on_ready)
         finally:
             _notify("STOPPING=1")
             pyfuse3.close()
@@ -75,12 +75,15 @@ async def serve(
             await _clear_leftover(path)
 
 
-async def _serve_requests(signals: AsyncIterator[int], path: str, on_ready: Callable[[], object] | None) -> None:
+async def _serve_requests(
+    ops: Ops, signals: AsyncIterator[int], path: str, on_ready: Callable[[], object] | None
+) -> None:
     logging.getLogger("pyfuse3").addFilter(_is_news)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope)
             nursery.start_soon(_announce, path, on_ready)
+            nursery.start_soon(ops.forget_refuted)
             await pyfuse3.main(max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
     except ExceptionGroup as group:

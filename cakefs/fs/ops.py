@@ -263,6 +263,18 @@ class Ops(pyfuse3.Operations):
         file.counters.open_files -= 1
         file.reader.close()
 
+    async def forget_refuted(self) -> None:
+        """As long as the mount lives: makes the kernel drop pages that turned out to be wrong."""
+        while True:
+            identity = await self._library.refuted()
+            for node in self._tree.files():
+                try:
+                    if self._library.uses(node.manifest_id, node.file, identity):
+                        # In a thread: it waits for reads of these pages, which we answer.
+                        await trio.to_thread.run_sync(_drop_pages, node.ino, abandon_on_cancel=True)
+                except CakeError as error:
+                    self.complaints.about(f"dropping pages of {node.label}", error)
+
     # Extended attributes and the file system as a whole
 
     @answered
@@ -301,3 +313,11 @@ class Ops(pyfuse3.Operations):
 
     mknod = mkdir = unlink = rmdir = symlink = rename = link = create = _refuse
     setattr = write = setxattr = removexattr = _refuse
+
+
+def _drop_pages(ino: int) -> None:
+    try:
+        pyfuse3.invalidate_inode(ino)
+    except OSError as error:
+        if error.errno != errno.ENOENT:  # else the kernel has forgotten it already
+            raise CakeError(f"the kernel keeps pages of inode {ino}: {error}") from error

@@ -84,6 +84,10 @@ class Tree:
         """Raises KeyError for a number that the kernel cannot have from here."""
         return self._nodes[ino]
 
+    def files(self) -> list[FileNode]:
+        """Those that the kernel knows."""
+        return [node for node in self._nodes.values() if isinstance(node, FileNode)]
+
     def child(self, directory: Directory, name: str) -> Node | None:
         """The entry of that name. Not yet in the table: `retain` what the kernel is told of."""
         if isinstance(directory, ServiceDir):

@@ -260,7 +260,7 @@ def _fused64(a: Array, weight: Any, c: Array) -> Array:
     head, tail = _two_sum(high, top)
     result = head + round_odd(rest, tail)
     plain = a * b + c
-    result = np.where(head == 0, plain, result)
+    result = np.where(result == 0, plain, result)  # the sign of a zero
     safe = np.ones(a.shape, bool)
     for x in (a, b, c):
         size = np.abs(x)

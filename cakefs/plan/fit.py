@@ -14,20 +14,20 @@ _SIZES = (
 # What a layer calculates with: the donor's value holds for all.
 _ALIKE = (
     "rope_theta", "rope_scaling", "rope_parameters", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon",
-    "hidden_act", "activation_function", "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar", "partial_rotary_factor",
-    "num_experts_per_tok", "norm_topk_prob", "attention_multiplier", "residual_multiplier",
+    "hidden_act", "activation_function", "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar",
+    "partial_rotary_factor", "num_experts_per_tok", "norm_topk_prob", "attention_multiplier", "residual_multiplier",
 )  # fmt: skip
 
 
-def check_fit(donor: Parent, others: Mapping[str, Parent]) -> list[str]:
+def check_fit(donor: Parent, others: Mapping[Parent, str]) -> list[str]:
     """Warnings. Raises UserError where a model cannot share a stack with the donor.
 
     Args:
-        others: By the entry of the recipe that names them.
+        others: With the entry of the recipe that names each.
     """
     warnings: list[str] = []
-    for where, other in others.items():
-        if other.manifest is donor.manifest:
+    for other, where in others.items():
+        if other is donor:
             continue
         for key in ("model_type", "architectures"):
             _refuse_other(donor, other, where, key, donor.config.get(key), other.config.get(key))
@@ -68,10 +68,10 @@ def _check_shapes(donor: Parent, other: Parent, where: str) -> None:
                 )
 
 
-def check_vocabulary(before: Parent, after: Parent, head: str | None) -> None:
+def check_vocabulary(before: Parent, after: Parent) -> None:
     """Raises UserError where the head scores other tokens than the embedding knows."""
     embedding = before.token_embedding()
-    for name, part in after.heads().items() if head is None else ():
+    for name, part in after.heads().items():
         if embedding and len(part.shape) == len(embedding.shape) == 2 and part.shape[0] != embedding.shape[0]:
             raise UserError(
                 f"{name} of {after.name} scores {part.shape[0]} tokens, {embedding.name} of {before.name} knows"
@@ -79,19 +79,22 @@ def check_vocabulary(before: Parent, after: Parent, head: str | None) -> None:
             )
 
 
-def check_ties(parents: Iterable[Parent], head: Parent | None) -> None:
-    """Raises UserError where some models' head is their embedding and others' is not, and none is named."""
-    tied = {parent.name: parent.is_tied() for parent in parents}
-    if head is None and len(set(tied.values())) > 1:
-        with_head = next(name for name, is_tied in tied.items() if not is_tied)
-        without = next(name for name, is_tied in tied.items() if is_tied)
+def check_ties(parents: Iterable[Parent], last: Parent, head: Parent | None) -> None:
+    """Raises UserError where some models' head is their embedding and others' is not, and none is named.
+
+    Args:
+        last: The model whose norm and head are used.
+    """
+    if head is not None:
+        return
+    tied = {parent.is_tied(): parent for parent in parents}
+    if len(tied) > 1:
         raise UserError(
-            f"{without} uses its embedding as head, {with_head} has one of its own",
-            hint=f"say whose head to use: `head: {with_head}` at the top of the recipe",
+            f"{tied[True].name} uses its embedding as head, {tied[False].name} has one of its own",
+            hint=f"say whose head to use: `head: {tied[False].name}` at the top of the recipe",
         )
-    for parent in () if head is not None else parents:
-        if parent.config.get("tie_word_embeddings") is False and not parent.heads() and _generates(parent):
-            raise UserError(f"{parent.name} has no head, and its config says that the embedding is none")
+    if last.config.get("tie_word_embeddings") is False and not last.heads() and _generates(last):
+        raise UserError(f"{last.name} has no head, and its config says that the embedding is none")
 
 
 def _generates(parent: Parent) -> bool:

@@ -1,7 +1,8 @@
 """A model that slices and merges take from: its tensors sorted into layers and the rest, beside its config. Pure."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 from cakefs.errors import UserError
 from cakefs.model import LayerOrigin, Manifest, View
@@ -20,13 +21,16 @@ from cakefs.plan.modelconfig import Config, Section, find_section, is_encoder_de
 from cakefs.plan.view import CONFIG, Part, ReadSmall, byte_keys, parts_of
 
 
-class Parent(NamedTuple):
-    """Attributes:
-    config: Empty where the model has none.
-    prefix: Of its layers, without the dot.
-    layers: Number -> (rest of the name, tensor); heads for further tokens (MTP) come after the last layer.
-    outside: All other tensors, by name.
-    roots: Of other stacks of layers in the same file.
+@dataclass(frozen=True, eq=False)
+class Parent:
+    """A model, compared by identity.
+
+    Attributes:
+        config: Empty where the model has none.
+        prefix: Of its layers, without the dot.
+        layers: Number -> rest of the name -> tensor; heads for further tokens (MTP) come after the last layer.
+        outside: All other tensors, by name.
+        roots: Of other stacks of layers in the same file.
     """
 
     name: str
@@ -63,6 +67,7 @@ class Parent(NamedTuple):
                 return bool(config["tie_word_embeddings"])
         return not self.heads()
 
+    @cached_property
     def is_packed(self) -> bool:
         """Whether its weights are quantized, so that no element of a tensor is a weight."""
         return any(config.get(key) for config in (self.config, self.text_config()) for key in QUANTIZATION)

@@ -1,0 +1,293 @@
+"""Reading through a real mount while upstream misbehaves: never a wrong byte, a bounded wait, the right errno, and the
+mount lives on.
+
+One model with a file per fault, so that one `add` and one mount serve all. The readers of files whose fault lasts all
+wait at the same time, which is a test of its own.
+"""
+
+import errno
+import mmap
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from cakefs.fs.ops import FAILURE_PAUSE_S
+from cakefs.model import CHUNK
+from tests.fs_child import eventually
+from tests.hub import Hub
+from tests.models import CONFIG, single, tensor
+from tests.mounts import Cakefs, needs_fuse, write_config
+
+pytestmark = needs_fuse
+
+TIMEOUT_S = 2.0
+# The kernel asks up to three times (loaders.md, section 7), each time we pause, and this machine may be busy.
+BOUND_S = 3 * (TIMEOUT_S + FAILURE_PAUSE_S) + 6.0
+INSIDE = CHUNK + 300_000  # A place in the middle of the first tensor.
+
+# What lasts -> errno of the reader, pattern of the cause in the log.
+LASTING: dict[str, tuple[str, dict[str, Any], int, str]] = {
+    "stall": ("stall", {}, errno.ETIMEDOUT, "less than 1 MiB came"),
+    "stall-in-the-body": ("stall", {"after": 100_000}, errno.ETIMEDOUT, "less than 1 MiB came"),
+    "ignores-range": ("no-range", {}, errno.ETIMEDOUT, "ignored the range"),
+    "short-body": ("short", {"after": 1}, errno.ETIMEDOUT, r"sent \d+ bytes .* instead of"),
+    "wrong-range": ("wrong-range", {}, errno.ETIMEDOUT, "sent another range"),
+    "drop": ("drop", {}, errno.ETIMEDOUT, "no answer from .*disconnected"),
+    "500": ("500", {}, errno.ETIMEDOUT, "cannot serve .*500"),
+    "429": ("429", {"retry_after": 3600.0}, errno.ETIMEDOUT, "cannot serve .*429"),
+    "404": ("404", {}, errno.EIO, "not found"),
+    "403": ("403", {}, errno.EIO, "refused"),
+    "416": ("416", {}, errno.ESTALE, "changed upstream"),
+    "redirect-loop": ("redirect-loop", {}, errno.EIO, "redirects"),
+}
+# What passes, twice in a row, and is not seen by the reader.
+PASSING: dict[str, dict[str, Any]] = {
+    "drop": {"after": 200_000},
+    "reset": {"after": 200_000},
+    "short": {"after": 200_000},
+    "long": {},
+    "wrong-range": {},
+    "no-range": {},
+    "500": {},
+    "429": {"retry_after": 0.3},
+    "expired": {},
+    "slow": {"after": 100_000, "rate": 4_000_000.0},
+}
+OTHERS = ["outage", "long-outage", "expired-links", "corrupt", "mapped", "busy", "quiet", "more"]
+
+
+def weights(seed: int) -> bytes:
+    """Three chunks in one tensor, and a small tensor behind it."""
+    return single({"a": tensor(seed, (2 * CHUNK + 400_000) // 4), "b": tensor(seed + 1, 5000)})
+
+
+class Got(NamedTuple):
+    """What came of one read: bytes or an errno."""
+
+    data: bytes
+    errno: int
+    seconds: float
+
+
+class World:
+    def __init__(self, hub: Hub, cakefs: Cakefs) -> None:
+        self.hub = hub
+        self.cakefs = cakefs
+        names = [*(f"lasting/{n}" for n in LASTING), *(f"passing/{n}" for n in PASSING), *OTHERS]
+        self.published = {name: weights(10 * seed) for seed, name in enumerate(names)}
+
+    def path(self, name: str) -> Path:
+        return self.cakefs.mountpoint / "org/m" / name / "model.safetensors"
+
+    def read(self, name: str, offset: int, size: int) -> Got:
+        """One pread, of what the kernel has not remembered."""
+        started, data, error = time.monotonic(), b"", 0
+        fd = os.open(self.path(name), os.O_RDONLY)
+        try:
+            data = os.pread(fd, size, offset)
+        except OSError as raised:
+            error = raised.errno or -1
+        finally:
+            os.close(fd)
+        return Got(data, error, time.monotonic() - started)
+
+    def reads_right(self, name: str) -> bool:
+        return self.path(name).read_bytes() == self.published[name]
+
+    def fault(self, name: str, kind: str, **options: Any) -> None:
+        self.hub.fault(kind, f"org/m/{name}/model.safetensors", **options)
+
+    def logged(self, name: str) -> list[str]:
+        """What the log says of failed reads of a file."""
+        return [line for line in self.cakefs.log().splitlines() if f"cannot read org/m/{name}/" in line]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    directory = tmp_path_factory.mktemp("read")
+    with Hub() as hub:
+        config = write_config(directory, read_timeout_s=TIMEOUT_S)
+        world = World(hub, Cakefs(directory, hub.endpoint, CAKEFS_CONFIG=config))
+        hub.add_repo("org/m", {f"{name}/model.safetensors": data for name, data in world.published.items()})
+        with world.cakefs.mounted():
+            world.cakefs.run("add", "org/m")
+            yield world
+
+
+def together(names: list[str], read: Callable[[str], Any]) -> dict[str, Any]:
+    with ThreadPoolExecutor(len(names)) as pool:
+        return dict(zip(names, pool.map(read, names), strict=True))
+
+
+@pytest.fixture(scope="module")
+def lasting(world: World) -> dict[str, Got]:
+    """All readers at once; afterwards the faults are over."""
+    for name, (kind, options, _, _) in LASTING.items():
+        world.fault(f"lasting/{name}", kind, times=None, **options)
+    outcomes = together(list(LASTING), lambda name: world.read(f"lasting/{name}", INSIDE, 4096))
+    world.hub.clear_faults()
+    return outcomes
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_a_lasting_fault_is_a_clear_errno_in_time_and_right_bytes_afterwards(
+    world: World, lasting: dict[str, Got], name: str
+) -> None:
+    _, _, expected, cause = LASTING[name]
+    assert lasting[name].errno == expected
+    assert lasting[name].seconds < BOUND_S
+    line = world.logged(f"lasting/{name}")[0]
+    assert re.search(rf"model\.safetensors, bytes \d+-\d+: .*{cause}", line), line
+    if name != "429":  # An hour's pause is kept.
+        assert world.reads_right(f"lasting/{name}")
+
+
+@pytest.fixture(scope="module")
+def passing(world: World) -> dict[str, bool]:
+    for name, options in PASSING.items():
+        world.fault(f"passing/{name}", name, times=2, **options)
+    return together(list(PASSING), lambda name: world.reads_right(f"passing/{name}"))
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_passing_fault_is_not_seen(world: World, passing: dict[str, bool], name: str) -> None:
+    assert passing[name]
+    assert world.logged(f"passing/{name}") == []
+
+
+def test_the_network_goes_in_the_middle_of_a_read_and_comes_back(world: World) -> None:
+    world.hub.reset()
+    world.hub.shape(rate=4_000_000)
+    with ThreadPoolExecutor(1) as pool:
+        right = pool.submit(world.reads_right, "outage")
+        assert eventually(lambda: world.hub.sent("outage/*") > 200_000)
+        world.hub.down()
+        time.sleep(TIMEOUT_S / 4)
+        assert not right.done()
+        world.hub.up()
+        world.hub.shape()
+        assert right.result(30)
+    assert world.logged("outage") == []
+
+
+def test_a_network_that_stays_away_is_a_timeout_and_right_bytes_when_it_is_back(world: World) -> None:
+    world.hub.down()
+    try:
+        got = world.read("long-outage", INSIDE, 4096)
+        assert (got.errno, got.data) == (errno.ETIMEDOUT, b"")
+        assert got.seconds < BOUND_S
+        assert "Connection refused" in world.logged("long-outage")[0]
+    finally:
+        world.hub.up()
+    assert world.reads_right("long-outage")
+
+
+def test_signed_urls_that_expire_are_asked_for_anew(world: World) -> None:
+    data = world.published["expired-links"]
+    assert world.read("expired-links", INSIDE, 4096).data == data[INSIDE : INSIDE + 4096]
+    world.hub.expire_links()
+    assert world.reads_right("expired-links")
+    assert world.logged("expired-links") == []
+
+
+def test_corrupt_bytes_are_found_when_the_file_is_complete_and_healed(world: World) -> None:
+    """Not only in the store: the kernel's pages and what the daemon has open must go, too."""
+    before = world.cakefs.status()["files_refuted"]
+    world.fault("corrupt", "corrupt", after=1000)
+    with world.path("corrupt").open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert file.read() != world.published["corrupt"], "not to be known before"
+        assert eventually(lambda: world.cakefs.status()["files_refuted"] == before + 1)
+        assert eventually(lambda: world.reads_right("corrupt"))
+        assert mapped[:] == world.published["corrupt"]
+    xattr = "user.cakefs.verified"
+    assert eventually(lambda: os.getxattr(world.path("corrupt"), xattr) == b"yes")
+
+
+def test_a_stalled_file_blocks_no_other(world: World) -> None:
+    """With more readers than there are connections."""
+    connections, places = 8, 11
+    world.hub.reset()
+    world.fault("busy", "stall", times=None)
+    done: list[float] = []
+
+    def read(place: int) -> None:
+        world.read("busy", place * 200_000, 4096)
+        done.append(time.monotonic())
+
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(places)]
+    for thread in threads:
+        thread.start()
+    world.hub.wait_for("busy/*", 1, stage="cdn")
+    assert world.read("quiet", INSIDE, 4096).data == world.published["quiet"][INSIDE : INSIDE + 4096]
+    assert (world.cakefs.mountpoint / ".cakefs/status.json").stat().st_size > 0
+    assert done == [], "answered while all the others wait"
+    assert len([r for r in world.hub.requests if r.path.startswith("org/m/busy") and r.stage == "cdn"]) < connections
+    world.hub.clear_faults()
+    for thread in threads:
+        thread.join(BOUND_S)
+    assert world.reads_right("busy")
+
+
+TOUCH = """
+import mmap, sys, time
+path, offset = sys.argv[1], int(sys.argv[2])
+with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+    print(mapped[8], flush=True)  # In the header, which is there.
+    started = time.monotonic()
+    print(mapped[offset], flush=True)
+"""
+
+
+def test_a_mapped_page_that_cannot_be_had_is_a_late_sigbus(world: World) -> None:
+    world.fault("mapped", "stall", times=None)
+    started = time.monotonic()
+    loader = subprocess.Popen(
+        [sys.executable, "-c", TOUCH, world.path("mapped"), str(INSIDE)], stdout=subprocess.PIPE, text=True
+    )
+    output, _ = loader.communicate(timeout=BOUND_S)
+    seconds = time.monotonic() - started
+    assert loader.returncode == -signal.SIGBUS
+    assert output.splitlines() == [str(world.published["mapped"][8])]
+    assert TIMEOUT_S < seconds < BOUND_S
+    page = INSIDE // 4096 * 4096
+    assert any(f"model.safetensors, bytes {page}-{page + 4096}: " in line for line in world.logged("mapped"))
+    world.hub.clear_faults()
+    done = subprocess.run(
+        [sys.executable, "-c", TOUCH, world.path("mapped"), str(INSIDE)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines() == [str(world.published["mapped"][i]) for i in (8, INSIDE)]
+
+
+def test_another_etag_is_a_stale_file_until_it_is_added_anew(world: World) -> None:
+    """A plain file that its owner replaces: never a mixture of both."""
+    first, second = weights(1000), weights(2000)
+    url = world.hub.plain("dir/changing/model.safetensors", first)
+    world.cakefs.run("add", url, "--as", "plain")
+    path = world.cakefs.mountpoint / "plain/model.safetensors"
+    with path.open("rb") as file:
+        assert os.pread(file.fileno(), 4096, 0) == first[:4096]
+        world.hub.plain("dir/changing/model.safetensors", second)
+        with pytest.raises(OSError, match="Stale file handle") as raised:
+            os.pread(file.fileno(), 4096, INSIDE)
+        assert raised.value.errno == errno.ESTALE
+    (line, *_) = [line for line in world.cakefs.log().splitlines() if "cannot read plain/model.safetensors" in line]
+    assert "ETag is another one" in line and "--update" in line
+    world.cakefs.run("add", url, "--as", "plain", "--update")
+    assert path.read_bytes() == second
+
+
+def test_the_mount_has_seen_no_bug(world: World) -> None:
+    """Last in this file: it has been through all of the above."""
+    assert world.cakefs.status()["worker_deaths"] == 0
+    assert "Traceback" not in world.cakefs.log()
+    assert world.read("more", 0, 4096).data == world.published["more"][:4096]
