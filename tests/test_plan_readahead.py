@@ -46,6 +46,23 @@ def test_every_head_of_a_walk_widens_the_window() -> None:
     assert max(r.stop for r in wanted) - 5 * TENSOR >= 8 * FIRST_WINDOW
 
 
+def test_a_walk_to_the_end_fills_in_what_it_passed_over() -> None:
+    """Tensors that came along with the header, and jumps."""
+    header = 50_000
+    starts = range(header, header + 20 * TENSOR, TENSOR)
+    ahead = Readahead(starts, header + 20 * TENSOR)
+    wanted = ahead.observe(0, KERNEL)
+    for start in starts[2:]:
+        wanted += ahead.observe(start, 4096)
+    assert total(wanted) + 18 * 4096 >= 20 * TENSOR
+
+
+def test_a_walk_through_the_last_layers_does_not_fetch_the_first() -> None:
+    ahead = Readahead(STARTS, SIZE)
+    wanted = [w for tensor in range(60, 100) for w in ahead.observe(tensor * TENSOR, 4096)]
+    assert min(w.start for w in wanted) >= 60 * TENSOR
+
+
 def test_a_run_doubles_its_window_up_to_the_limit() -> None:
     ahead = Readahead([0], 100 * LAST_WINDOW)
     position, frontier = 50 * MIB, 0

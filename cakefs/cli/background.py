@@ -8,16 +8,14 @@ import json
 import os
 import select
 import subprocess
-import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import cakefs
 from cakefs.cli.failures import Failure, failure_of
 from cakefs.errors import CakeError
+from cakefs.execute import import_environment, python_command
 
 READY_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 10.0
@@ -78,7 +76,7 @@ def start(mountpoint: Path, flags: list[str], *, timeout_s: float = READY_TIMEOU
 
 
 def _execute(arguments: list[str], ready_fd: int, log: Path) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-P", "-m", "cakefs", "mount", *arguments, "--foreground", f"--ready-fd={ready_fd}"]
+    command = python_command("cakefs", "mount", *arguments, "--foreground", f"--ready-fd={ready_fd}")
     with log.open("ab") as sink:
         return subprocess.Popen(
             command,
@@ -87,17 +85,8 @@ def _execute(arguments: list[str], ready_fd: int, log: Path) -> "subprocess.Pope
             stderr=sink,
             pass_fds=[ready_fd],
             start_new_session=True,
-            env=_environment(),
+            env=import_environment(),
         )
-
-
-def _environment() -> dict[str, str]:
-    """What it imports must not depend on the working directory: a source tree that is not installed must be named."""
-    place = str(Path(cakefs.__file__).resolve().parents[1])
-    paths = [p for p in (os.environ.get("PYTHONPATH"),) if p]
-    if place not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):
-        paths.insert(0, place)
-    return os.environ | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
 
 
 def _wait(pipe: int, timeout_s: float) -> Failure | None:

@@ -1,4 +1,4 @@
-"""Confirming an upstream file: once all its bytes are local, they must have the SHA-256 that was published.
+"""Confirming an upstream file: once all its bytes are local, they must have the hash that was published.
 
 Until then trust is TLS + length + validator. A file that fails is *quarantined*: none of its spans counts as local
 any more, so they are fetched again; what another file proved stays.
@@ -15,8 +15,6 @@ from cakefs.model import MIB, SpanKey
 from cakefs.store.store import Store
 
 log = logging.getLogger(__name__)
-
-_PREFIX = "sha256:"
 
 
 def tiling(spans: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:
@@ -41,9 +39,10 @@ def confirm_source(store: Store, identity: str, size: int, *, again: bool = Fals
         again: Hash it even if it was confirmed before.
 
     Returns:
-        True or False for a file that was hashed; None when it is incomplete, has no published SHA-256, or needs none.
+        True or False for a file that was hashed; None when it is incomplete, has no published hash, or needs none.
     """
-    if not identity.startswith(_PREFIX):
+    algorithm, _, expected = identity.partition(":")
+    if algorithm not in ("sha256", "git"):
         return None
     known = store.catalog.verified(identity)
     if known is not None and known.ok and not again:
@@ -51,24 +50,33 @@ def confirm_source(store: Store, identity: str, size: int, *, again: bool = Fals
     pieces = tiling(store.catalog.spans(identity), size)
     if pieces is None:
         return None
-    ok = _sha256(store, [SpanKey(identity, *piece) for piece in pieces]) == identity.removeprefix(_PREFIX)
+    actual = _hash(store, _hasher(algorithm, size), [SpanKey(identity, *piece) for piece in pieces])
+    if actual is None:
+        return None
+    ok = actual == expected
     store.catalog.set_verified(identity, ok, int(time.time()))
     if not ok:
-        log.error("%s: the bytes do not have the published SHA-256; they will be fetched again", identity)
+        log.error("%s: the bytes do not have the published hash; they will be fetched again", identity)
         for start, stop in store.catalog.spans(identity):
             store.drop_span(SpanKey(identity, start, stop))
     return ok
 
 
-def _sha256(store: Store, keys: list[SpanKey]) -> str:
-    """Empty when a span went away or is damaged meanwhile."""
-    digest = hashlib.sha256()
+def _hasher(algorithm: str, size: int) -> "hashlib._Hash":
+    """SHA-256 of an LFS file, or git's name of a blob: a SHA-1 that begins with the size."""
+    if algorithm == "sha256":
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
+def _hash(store: Store, digest: "hashlib._Hash", keys: list[SpanKey]) -> str | None:
+    """None when a span went away or is damaged here: that says nothing about what came."""
     buffer = memoryview(bytearray(4 * MIB))
     for key in keys:
         try:
             for piece in stream(store, key, buffer):
                 digest.update(piece)
         except CorruptData as error:
-            log.error("%s", error.message)
-            return ""
+            log.warning("%s", error.message)
+            return None
     return digest.hexdigest()

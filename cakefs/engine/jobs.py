@@ -220,10 +220,10 @@ def collect(store: Store) -> GcPlan:
     """
     with store.guard(exclusive=True):
         plan = gc_plan(store)
+        for key in plan.partials:  # First: on a full disk the catalog needs room to shrink.
+            store.drop_partial(key)
         store.catalog.drop_manifests(plan.manifests)
         store.catalog.forget_spans(plan.spans)
         store.delete_blobs(list(plan.blobs))
-        for key in plan.partials:
-            store.drop_partial(key)
         store.sweep()
         return plan

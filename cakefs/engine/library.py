@@ -1,17 +1,24 @@
 """The models of a store as the mount sees them: names, manifests, open files, counters."""
 
+import logging
 import os
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
 
 from cakefs.engine.read import FileReader, OpenFile, Reading
+from cakefs.errors import StoreFull
 from cakefs.model import Extent, File, Literal, Manifest, Source, leaves
 from cakefs.store.lease import Lease
 from cakefs.store.store import Store
 
+log = logging.getLogger(__name__)
+
 OPEN_FILES = 64  # Prepared files kept after their last handle: disk offload opens one 480 times per forward pass.
 MANIFESTS = 64  # Decoded manifests kept: 35 MB for 90,000 tensors, a few KB for most.
+
+
+UNHELD = "%s: what is served here is served all the same, but gc may take it once its name is removed"
 
 
 class Library:
@@ -22,7 +29,7 @@ class Library:
         self._reading = reading
         self._manifests: OrderedDict[str, Manifest] = OrderedDict()
         self._files: OrderedDict[tuple[str, str, str], OpenFile] = OrderedDict()
-        self._lease: Lease = store.lease()
+        self._lease = _lease(store)
         self._held: set[str] = set()
         self._started = time.time()
 
@@ -104,8 +111,11 @@ class Library:
     def _hold(self, manifest_id: str) -> None:
         """What the kernel was told of stays readable: no other process collects it while we live."""
         if manifest_id not in self._held:
-            self._lease.hold(manifest_id)
             self._held.add(manifest_id)
+            try:
+                self._lease.hold(manifest_id)
+            except StoreFull as error:
+                log.warning(UNHELD, error.message)
 
     def _about(self, manifest: Manifest, file: File) -> dict[str, str]:
         spans = {s.span for s in file.segments if isinstance(s, Extent) and s.size}
@@ -123,3 +133,12 @@ class Library:
     def _confirmed(self, source: Source) -> bool:
         known = self._store.catalog.verified(source.identity)
         return known is not None and known.ok
+
+
+def _lease(store: Store) -> Lease:
+    """A full disk must not keep a mount from serving."""
+    try:
+        return store.lease()
+    except StoreFull as error:
+        log.warning(UNHELD, error.message)
+        return Lease(None)

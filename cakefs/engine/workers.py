@@ -2,13 +2,13 @@
 
 import logging
 import math
-import sys
 from collections.abc import Callable
 
 import msgspec
 import trio
 
 from cakefs.engine.messages import FetchJob, Flush, Report, Request, Settings, Unframer, frame
+from cakefs.execute import import_environment, python_command
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class WorkerProcess:
     async def _run_one(self) -> bool:
         """One process from start to end; True when it reported anything."""
         outbox = self._outbox
-        process = await trio.lowlevel.open_process([sys.executable, "-m", "cakefs.engine.worker"], stdin=-1, stdout=-1)
+        command = python_command("cakefs.engine.worker")
+        process = await trio.lowlevel.open_process(command, stdin=-1, stdout=-1, env=import_environment())
         self.pid = process.pid
         assert process.stdin is not None and process.stdout is not None
         stdin, stdout = process.stdin, process.stdout

@@ -59,12 +59,18 @@ class Member(NamedTuple):
         return ByteRange(self.header, self.stop)
 
 
-def read_directory(file_size: int, path: str) -> Steps[dict[str, Member]]:
-    """The members by name, in the order of their places. Raises InvalidFormat, naming `path`."""
-    if file_size < _END.size:
-        raise InvalidFormat(f"archive {path}: {file_size} bytes are too few")
-    tail_start = max(0, file_size - TAIL)
-    (tail,) = yield [ByteRange(tail_start, file_size)]
+def tail_range(file_size: int) -> ByteRange:
+    """Bytes to fetch for `read_directory`."""
+    return ByteRange(max(0, file_size - TAIL), file_size)
+
+
+def read_directory(tail: bytes, file_size: int, path: str) -> Steps[dict[str, Member]]:
+    """The members by name, in the order of their places. Raises InvalidFormat, naming `path`.
+
+    Args:
+        tail: The bytes of `tail_range`.
+    """
+    tail_start = file_size - len(tail)
     try:
         count, where = _find_directory(tail, file_size)
         data = tail[where.start - tail_start : where.stop - tail_start]
@@ -77,6 +83,8 @@ def read_directory(file_size: int, path: str) -> Steps[dict[str, Member]]:
 
 def _find_directory(tail: bytes, file_size: int) -> tuple[int, ByteRange]:
     """Number of members, and where the directory is."""
+    if len(tail) < _END.size:
+        raise ValueError(f"{file_size} bytes are too few")
     magic, disk, first_disk, here, count, size, start, comment = _END.unpack_from(tail, len(tail) - _END.size)
     if magic != b"PK\5\6" or comment:
         raise ValueError("does not end with the end record of a zip file: truncated, or something follows")
@@ -187,7 +195,7 @@ def data_start(member: Member, local: bytes, path: str) -> int:
         raise InvalidFormat(f"archive {path}: member {brief(member.name)} has another local header")
     if method != _STORED or flags & _ENCRYPTED or any(n not in (0, member.size, _FULL32) for n in (packed, size)):
         raise InvalidFormat(f"archive {path}: local header of {brief(member.name)} contradicts the directory")
-    start = member.local.stop + extra_size
+    start: int = member.local.stop + extra_size
     if start + member.size > member.stop:
         raise InvalidFormat(f"archive {path}: member {brief(member.name)} overlaps what follows it")
     return start

@@ -93,6 +93,8 @@ def find_section(config: Config, prefix: str = "") -> Section | None:
         keys = _count_keys(section, prefix)
         if keys:
             beyond = next((section[k] for k in _BEYOND if type(section.get(k)) is int and section[k] > 0), 0)
+            if "decoder" in prefix and is_encoder_decoder(section) and keys[0] in _COUNTS:
+                return Section(path, ("num_decoder_layers",), section[keys[0]], beyond)  # T5: as many as the encoder
             return Section(path, keys, section[keys[0]], beyond)
     return None
 
@@ -180,7 +182,7 @@ class _Writer:
         self._refuse_shared(sources)
         before = copy.deepcopy(target)
         if "num_layers" in keys and is_encoder_decoder(target):
-            target.setdefault("num_decoder_layers", before["num_layers"])  # T5 counts both by it otherwise
+            target.setdefault("num_decoder_layers", before["num_layers"])  # T5: the decoder keeps its count
         for key in keys:
             target[key] = len(self._stack)
         for key in _BEYOND:
@@ -253,7 +255,7 @@ class _Writer:
             if rule.listed:
                 target[rule.key] = values
             tuned = rule.retune(target, values)
-            if tuned is not None and rule.values({**target, **tuned}, len(values)) == values:
+            if tuned and (rule.unless in tuned or rule.values({**target, **tuned}, len(values)) == values):
                 if not rule.listed or all(key in target for key in tuned):
                     target.update(tuned)
             elif not rule.listed:

@@ -11,17 +11,20 @@ The reader of a model file shows itself in three ways, and the kernel's own read
 - it *jumps* inside tensors (4 KiB here and there), or reads the header: nothing is wanted.
 """
 
-from bisect import bisect_left, bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from cakefs.model import MIB, ByteRange
-from cakefs.plan.ranges import subtract
+from cakefs.plan.ranges import coalesce, subtract
 
 RUN_WINDOW = MIB  # Of a run seen for the first time: two reads in a row may be chance.
 FIRST_WINDOW = 8 * MIB  # Of the second head of a walk. Guess: two requests of 4 MiB, 64 ms of a 1 Gbit/s link.
 LAST_WINDOW = 256 * MIB  # 2 s of a 1 Gbit/s link; more only makes a wrong guess dearer.
 HEAD_LIMIT = 64 * MIB  # A first touch wants at most this much of one tensor.
+HOLES_PART = (
+    4  # At the end of the file up to a quarter of it is filled in; a worker with half of the layers wants half.
+)
 STREAMS = 32  # Readers of one file told apart: transformers uses 4 threads, fastsafetensors 16.
 SLACK = 256 * 1024  # The kernel may skip or repeat up to one readahead window between two reads of one run.
 
@@ -103,13 +106,21 @@ class Readahead:
             frontier > position and target < self._size and 2 * (target - frontier) < target - position
         ):
             return []
-        wanted = ByteRange(frontier, target)
-        overlapping = [r for r in self._asked if r.start <= target and frontier <= r.stop]
-        new = subtract([wanted], overlapping)
-        for r in overlapping:
-            self._asked.remove(r)
-        insort(self._asked, ByteRange(*_hull([wanted, *overlapping])))
-        return new
+        new = subtract([ByteRange(frontier, target)], self._asked)
+        self._asked = coalesce([*self._asked, *new])
+        return new + (self._holes() if target == self._size else [])
+
+    def _holes(self) -> list[ByteRange]:
+        """At the end of the file: what was passed over, if nearly everything was wanted so far.
+
+        The walk of a loader that takes all jumps now and then, and begins with tensors that came along with the header.
+        """
+        data = ByteRange(self._starts[0] if self._starts else 0, self._size)
+        holes = subtract([data], self._asked)
+        if sum(hole.size for hole in holes) * HOLES_PART > data.size:
+            return []
+        self._asked = coalesce([*self._asked, *holes])
+        return holes
 
     def _frontier(self, position: int) -> int:
         """The first byte from `position` on that was not asked for."""
@@ -120,7 +131,3 @@ class Readahead:
         self._streams[stop] = window
         if len(self._streams) > STREAMS:
             self._streams.popitem(last=False)
-
-
-def _hull(ranges: Sequence[ByteRange]) -> tuple[int, int]:
-    return min(r.start for r in ranges), max(r.stop for r in ranges)

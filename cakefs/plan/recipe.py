@@ -24,8 +24,8 @@ _OWN_KEYS = ("model", "ratio_repeat", "repeat_map_raw", "mode")
 _KEYS = ("merge_method", "slices", "models", "base_model", "dtype", "out_dtype", "parameters", "head")
 _REFUSED_KEYS = {
     "modules": "write `slices` or `models` at the top level",
-    "tokenizer": "it would rewrite embeddings row by row; without it the tokenizer is the first model's (or base_model's)",
-    "tokenizer_source": "it would rewrite embeddings row by row; without it the tokenizer is the first model's",
+    "tokenizer": "it would rewrite embeddings row by row; without it the first model's tokenizer is used",
+    "tokenizer_source": "it would rewrite embeddings row by row; without it the first model's tokenizer is used",
     "chat_template": "the template is that of the first model (or base_model)",
 }
 _OTHER_METHODS = {

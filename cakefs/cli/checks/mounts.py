@@ -41,7 +41,7 @@ def _check_mount(root: Path, mount: Mount, answer: int | None) -> Check:
     setting = f"sys/class/bdi/{mount.device}/read_ahead_kb"
     found = text_of(root / setting).strip()
     if found.isdecimal() and int(found) < READ_AHEAD_KIB:
-        return Check(name, None, f"alive, kernel readahead {found} KiB", f"echo 4096 | sudo tee /{setting}")
+        return Check(name, None, f"alive, kernel readahead {found} KiB", f"echo 1024 | sudo tee /{setting}")
     return Check(name, True, f"alive, kernel readahead {found or 'of unknown'} KiB")
 
 
