@@ -1,9 +1,9 @@
 """The error tree: one class per thing that can go wrong, with three readings of it.
 
-`errno` is what a system call on the mount gets (from `read`; `lookup_errno` where a name is looked up), `exit_code` what the
-command line ends with, `retryable` whether asking again can help. Foreign exceptions (httpx, lmdb, OSError) become one of
-these in the module that talks to that library; `fs` turns them into errno, `cli` into a message. The message says what
-failed and on which object, `hint` what to do next.
+`errno` is what a system call on the mount gets (from `read`; `lookup_errno` where a name is looked up), `exit_code`
+what the command line ends with, `retryable` whether asking again can help. Foreign exceptions (httpx, lmdb, OSError)
+become one of these in the module that talks to that library; `fs` turns them into errno, `cli` into a message. The
+message says what failed and on which object, `hint` what to do next.
 
     CakeError
     ├── UserError            wrong arguments or recipe: never a traceback

@@ -141,7 +141,7 @@ def test_a_model_from_add_to_gc(cli: Cli, hub: Hub) -> None:
 
     hub.reset()
     assert cli.process_json("pull", "org/name")["fetched_bytes"] == 0
-    assert cli.process_json("verify")["org/name"]["confirmed"] == 1
+    assert cli.process_json("verify")["org/name"]["confirmed"] == 2
     assert hub.sent() == 0
 
     assert cli.process_json("gc", "--dry-run")["bytes"] == 0

@@ -150,7 +150,7 @@ def test_readahead_of_a_live_mount(root: Path, tmp_path: Path) -> None:
     (check,) = check_mounts(root)
     assert check.name == f"mount {point}"
     assert check.ok is None
-    assert check.fix == "echo 4096 | sudo tee /sys/class/bdi/0:50/read_ahead_kb"
+    assert check.fix == "echo 1024 | sudo tee /sys/class/bdi/0:50/read_ahead_kb"
     list_mount(root, point, readahead="4096")
     (check,) = check_mounts(root)
     assert check.ok is True

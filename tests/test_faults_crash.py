@@ -157,8 +157,9 @@ def sealing(world: World, name: str) -> bool:
     return any(path.stat().st_nlink > 1 for path in (world.cakefs.store / "blobs").glob("??/*"))
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["daemon", "group"])
-@pytest.mark.parametrize("point", [begun, mostly_done, sealing])
+@pytest.mark.parametrize(
+    ("point", "group"), [(begun, False), (mostly_done, True), (mostly_done, False), (sealing, False), (sealing, True)]
+)
 def test_a_kill_in_the_middle_of_a_fetch_loses_nothing_that_had_come(
     world: World, point: Callable[[World, str], bool], group: bool
 ) -> None:
@@ -170,10 +171,10 @@ def test_a_kill_in_the_middle_of_a_fetch_loses_nothing_that_had_come(
     with world.reading(name) as errors:
         assert eventually(lambda: point(world, name))
         Running(world.cakefs).kill(group=group)
-    assert [e.errno for e in errors] in ([errno.ENOTCONN], [errno.ECONNABORTED], [])
     assert errors or point is sealing
-    with pytest.raises(OSError, match="not connected"):
+    with pytest.raises(OSError, match=r"not connected|abort") as raised:
         os.statvfs(world.cakefs.mountpoint)
+    assert {error.errno for error in [*errors, raised.value]} <= {errno.ENOTCONN, errno.ECONNABORTED}
     world.hub.shape()
     world.mount()
     local, sent = world.local(name), world.hub.sent(f"{name}/*.safetensors")
@@ -250,9 +251,10 @@ def test_a_tensor_of_two_models_is_stored_once(world: World) -> None:
     world.add("org/one", single({"a": shared}))
     world.add("org/two", single({"a": shared, "b": own}))
     before = stored(world)
-    for name in ("org/one", "org/two"):
-        world.path(name).read_bytes()
-        assert eventually(lambda path=world.path(name): is_verified(path))  # type: ignore[misc]
+    paths = [world.path("org/one"), world.path("org/two")]
+    for path in paths:
+        path.read_bytes()
+    assert eventually(lambda: all(map(is_verified, paths)))
     assert stored(world) - before == shared.nbytes + own.nbytes
     world.cakefs.run("umount", str(world.cakefs.mountpoint))
 

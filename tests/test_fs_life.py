@@ -207,7 +207,7 @@ def test_readahead_is_raised_for_root(mount: FakeMount) -> None:
     mount.start()
     found = cakefs_at(canonical(mount.path))
     assert found is not None
-    assert Path(f"/sys/class/bdi/{found.device}/read_ahead_kb").read_text() == "4096\n"
+    assert Path(f"/sys/class/bdi/{found.device}/read_ahead_kb").read_text() == "1024\n"
     (mount.path / "org/m/big").read_bytes()
     assert mount.status()["mount"]["reads"] <= 4, "requests of 1 MiB, not of 128 KiB"
 

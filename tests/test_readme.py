@@ -38,13 +38,13 @@ def test_each_sentence_of_the_semantics_names_a_test_that_exists() -> None:
 
 
 def test_the_table_of_errors_is_that_of_the_code() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| (\w+|–) \| (\d+) \|", section("Errors and exit codes"), re.M)
+    rows = re.findall(r"^\| `(\w+)` \| (\w+|\u2013) \| (\d+) \|", section("Errors and exit codes"), re.M)
     import errno
 
     for name, code, exit_code in rows:
         kind = getattr(errors, name)
         assert kind.exit_code == int(exit_code), name
-        assert code == "–" or kind.errno == getattr(errno, code), name
+        assert code == "\u2013" or kind.errno == getattr(errno, code), name
     classes = {n for n, k in vars(errors).items() if isinstance(k, type) and issubclass(k, errors.CakeError)}
     assert {name for name, _, _ in rows} == classes - {"CakeError"}
 

@@ -84,6 +84,7 @@ class Record(NamedTuple):
     packed: int | None = None
     at: int | None = None
     wide: bool = False
+    listed: bool = True
 
 
 def archive(
@@ -106,10 +107,10 @@ def archive(
         extra = b"FB" + struct.pack("<H", r.padding) + bytes(r.padding)
         fixed = (20, r.flags, method, 0, 0, 0, r.local_sizes, r.local_sizes, len(label), len(extra))
         body += struct.pack("<4s5H3I2H", b"PK\3\4", *fixed) + label + extra + r.data
-        directory += _entry(r, at)
+        directory += _entry(r, at) if r.listed else b""
     directory += left
     begin = len(body) if start is None else start
-    total = len(records) if count is None else count
+    total = sum(r.listed for r in records) if count is None else count
     end = b""
     if zip64:
         wide = total if wide_count is None else wide_count
@@ -168,7 +169,8 @@ def legacy(
     keys: Sequence[str] | None = None,
 ) -> bytes:
     listed = list(storages) if keys is None else keys
-    parts = [pickled(number(magic)), pickled(number(protocol)), pickled(table({"little_endian": little})), pickle]
+    parts = [pickled(number(magic)), pickled(number(protocol)), pickled(table({"little_endian": little}))]
+    parts.append(pickle.replace(b"tQ", b"NtQ"))  # persistent ids have one more item here
     parts.append(pickled(b"](" + b"".join(map(string, listed)) + b"e"))
     parts.extend(struct.pack("<q", len(data) // 4) + data for data in storages.values())
     return b"".join(parts)

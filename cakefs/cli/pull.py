@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
         out.json(done._asdict())
     else:
         what = f"{counted(done.files, 'file')} of {done.name}, {human_size(done.size)}"
-        how = "; every published SHA-256 is right" if done.verified else ""
+        how = "; every published hash is right" if done.verified else ""
         out.result(done.name, f"{what}: {human_size(done.fetched_bytes)} fetched{how}")
     return 0
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cakefs.model import Manifest
     from cakefs.store.store import Store
 
-HELP = "read every stored byte again, and confirm published SHA-256"
+HELP = "read every stored byte again, and confirm published hashes"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def _report(name: str, result: "Repair", out: Out) -> None:
         if good == "BAD":
             out.line(name)
         return
-    confirmed = f"{result.confirmed} SHA-256 confirmed" if result.confirmed else "no SHA-256 to confirm"
+    confirmed = f"{result.confirmed} published hashes confirmed" if result.confirmed else "no published hash to confirm"
     waiting = f", {counted(result.incomplete, 'file')} not all local" if result.incomplete else ""
     out.line(f"{good:<4}  {name}: {human_size(result.bytes)} read, {confirmed}{waiting}")
     for line in (*result.bad, *result.lost):

@@ -27,7 +27,7 @@ from cakefs.engine.messages import (
 )
 from cakefs.engine.workers import WorkerProcess
 from cakefs.errors import CakeError, RemoteUnavailable
-from cakefs.model import CHUNK, MIB, Manifest, SpanKey
+from cakefs.model import CHUNK, MIB, Manifest, Source, SpanKey
 from cakefs.plan.requests import ChunkRef, range_requests
 from cakefs.remotes.answers import shown
 
@@ -187,6 +187,12 @@ class Fetcher:
             if worker.pid is not None:
                 worker.flush()
                 await idle.wait()
+
+    def look(self, sources: Iterable[Source]) -> None:
+        """Has what an earlier process left undone of upstream files sealed and confirmed, if any process runs."""
+        if self._idle:
+            for source in sources:
+                self._workers[0].look(source.identity, source.locator.size)
 
     def pids(self) -> list[int]:
         """Of the transfer processes that run now."""

@@ -56,7 +56,9 @@ class Library:
         opened = self._files.get(key)
         if opened is None:
             literals = [self._store.literal(s.blob) for s in file.segments if isinstance(s, Literal) and s.size]
-            opened = self._files[key] = OpenFile(self.manifest(manifest_id), file, literals)
+            manifest = self.manifest(manifest_id)
+            opened = self._files[key] = OpenFile(manifest, file, literals)
+            self._reading.fetcher.look(_sources(manifest, file))
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
         else:
@@ -71,8 +73,7 @@ class Library:
 
     def uses(self, manifest_id: str, file: File, identity: str) -> bool:
         manifest = self.manifest(manifest_id)
-        extents = (extent for segment in file.segments for extent in leaves(segment))
-        return any(manifest.sources[manifest.spans[e.span].source].identity == identity for e in extents)
+        return any(source.identity == identity for source in _sources(manifest, file))
 
     def status(self) -> Mapping[str, object]:
         reads, net = self._reading.counters, self._reading.fetcher.counters
@@ -142,3 +143,9 @@ def _lease(store: Store) -> Lease:
     except StoreFull as error:
         log.warning(UNHELD, error.message)
         return Lease(None)
+
+
+def _sources(manifest: Manifest, file: File) -> list[Source]:
+    """The upstream files that bytes of a file come from."""
+    spans = {extent.span for segment in file.segments for extent in leaves(segment) if extent.size}
+    return [manifest.sources[i] for i in {manifest.spans[span].source for span in spans}]

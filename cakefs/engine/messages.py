@@ -70,7 +70,14 @@ class Flush(Struct, frozen=True, tag=True):
     """Asks for `Idle` once everything that arrived is sealed."""
 
 
-Request = Settings | FetchJob | Flush
+class Look(Struct, frozen=True, tag=True):
+    """An upstream file of `size` bytes is in use: seal and confirm what an earlier process left undone of it."""
+
+    identity: str
+    size: int
+
+
+Request = Settings | FetchJob | Flush | Look
 Report = Arrived | Done | Failed | Confirmed | Idle
 
 SPARE_CONNECTIONS = 32  # Beyond `connections`, for files of which nothing is on its way while others stall.

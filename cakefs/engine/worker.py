@@ -28,6 +28,7 @@ from cakefs.engine.messages import (
     FetchJob,
     Idle,
     JobChunk,
+    Look,
     Report,
     Request,
     Settings,
@@ -92,6 +93,7 @@ class Worker:
         self._touched: dict[
             str, int
         ] = {}  # identity -> file size, with news since it was last looked at for completeness
+        self._swept: set[str] = set()  # identities whose leftovers of earlier processes have been sealed
         self._buffers: list[memoryview] = []  # free ones, as many as there were fetches at once
         self._fetching = 0
         self._work = trio.Event()
@@ -150,6 +152,10 @@ class Worker:
         for index, _, data in tiny:
             self._report(Arrived(job, index, None if kept else data))
 
+    def look(self, request: Look) -> None:
+        self._touched[request.identity] = request.size
+        self._work.set()
+
     def flush(self) -> None:
         self._flushing = True
         self._work.set()
@@ -179,10 +185,21 @@ class Worker:
 
     async def _confirm_complete(self) -> None:
         touched, self._touched = self._touched, {}
-        for identity, size in touched.items():
-            outcome = await _in_background(confirm.confirm_source, self._store, identity, size)
-            if outcome is not None:
-                self._report(Confirmed(identity, outcome))
+        try:
+            await self._seal_leftovers(touched.keys() - self._swept)
+            for identity, size in touched.items():
+                outcome = await _in_background(confirm.confirm_source, self._store, identity, size)
+                if outcome is not None:
+                    self._report(Confirmed(identity, outcome))
+        except CakeError as error:
+            log.warning("cannot confirm what was fetched: %s", error.message)
+
+    async def _seal_leftovers(self, identities: set[str]) -> None:
+        """What was complete but not sealed when an earlier process ended; once for each file."""
+        if identities:
+            self._swept |= identities
+            keys = [key for key, _ in self._store.partials() if key.identity in identities]
+            await _in_background(self._store.seal, keys)
 
 
 async def _in_background(function: Callable[..., T], *arguments: object) -> T:
@@ -218,6 +235,8 @@ async def _serve() -> None:
                         nursery.start_soon(worker.seal_forever)
                     elif worker is not None and isinstance(request, FetchJob):
                         nursery.start_soon(worker.fetch, request)
+                    elif worker is not None and isinstance(request, Look):
+                        worker.look(request)
                     elif worker is not None:
                         worker.flush()
             nursery.cancel_scope.cancel()

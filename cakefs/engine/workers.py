@@ -7,7 +7,7 @@ from collections.abc import Callable
 import msgspec
 import trio
 
-from cakefs.engine.messages import FetchJob, Flush, Report, Request, Settings, Unframer, frame
+from cakefs.engine.messages import FetchJob, Flush, Look, Report, Request, Settings, Unframer, frame
 from cakefs.execute import import_environment, python_command
 
 log = logging.getLogger(__name__)
@@ -41,6 +41,9 @@ class WorkerProcess:
     def submit(self, job: FetchJob) -> None:
         self.jobs[job.id] = job
         self._to_send.send_nowait(job)
+
+    def look(self, identity: str, size: int) -> None:
+        self._to_send.send_nowait(Look(identity, size))
 
     def flush(self) -> None:
         self._to_send.send_nowait(Flush())

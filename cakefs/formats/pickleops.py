@@ -54,12 +54,23 @@ class Opaque(NamedTuple):
 
 
 class Table:
-    """A dictionary. Values under keys that are no text are not kept."""
+    """A dictionary.
 
-    __slots__ = ("items",)
+    Attributes:
+        unnamed: Values under keys that are no text.
+    """
+
+    __slots__ = ("items", "unnamed")
 
     def __init__(self) -> None:
         self.items: dict[str, object] = {}
+        self.unnamed: list[object] = []
+
+    def set(self, key: object, value: object) -> None:
+        if isinstance(key, str):
+            self.items[key] = value
+        else:
+            self.unnamed.append(value)
 
 
 class Meaning(Protocol):
@@ -247,8 +258,7 @@ class _Walker:
         if not isinstance(target, Table) or len(items) % 2:
             raise ValueError("pickle sets items of something that is no dictionary")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if isinstance(key, str):
-                target.items[key] = value
+            target.set(key, value)
 
     def _add_items(self) -> None:
         self._from_mark()

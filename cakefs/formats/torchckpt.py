@@ -2,8 +2,11 @@
 
 Two containers: the zip archive (torch 1.6 and later), with a pickle and one member a storage; and the one before it,
 five pickles and then the storages, each with its length in front. Either way a tensor is a strided view of a storage.
-What is found equals what `torch.load(weights_only=True)` loads; a file that it would refuse, or whose weights are no
-plain tensors, is refused by name. So are TorchScript archives, big-endian files and the tar files of before 0.1.10.
+What is found equals what `torch.load(weights_only=True)` loads, and what it refuses is refused. So is, by name, what
+cannot be shown exactly as safetensors: sparse, quantized and lazy tensors, types that safetensors lacks, tensors
+without a name, big-endian files, TorchScript archives, the tar files of before 0.1.10; and what two readers could take
+for two things: members that are packed, repeated, overlapping or at odds with the directory, anything behind the end,
+a storage of two types or sizes.
 """
 
 import math
@@ -208,7 +211,7 @@ def _parse_legacy(data: bytes, file_size: int) -> Checkpoint:
     system, at = walk(data, at, plain)
     if not isinstance(system, Table) or system.items.get("little_endian") is not True:
         raise ValueError("is big-endian")
-    meaning = TorchMeaning()
+    meaning = TorchMeaning(legacy=True)
     value, at = walk(data, at, meaning)
     keys, at = walk(data, at, plain)
     tensors, skipped = _weights(value)
@@ -253,6 +256,8 @@ def _weights(value: object) -> tuple[tuple[TensorView, ...], tuple[str, ...]]:
         raise ValueError("holds no dictionary of tensors")
     inner = value.items.get("state_dict")
     table = inner if isinstance(inner, Table) else value
+    if any(isinstance(item, Tensor) for item in table.unnamed):
+        raise ValueError("has a tensor under a key that is no text")
     tensors: list[TensorView] = []
     skipped: list[str] = [name for name in value.items if table is not value and name != "state_dict"]
     for name, item in table.items.items():

@@ -77,12 +77,16 @@ class Tensor(NamedTuple):
 class TorchMeaning:
     """A `pickleops.Meaning`.
 
+    Args:
+        legacy: Of the container before zip, where a persistent id has one more item, always None.
+
     Attributes:
         storages: All that the pickle refers to, by key.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, legacy: bool = False) -> None:
         self.storages: dict[str, Storage] = {}
+        self._more: tuple[None, ...] = (None,) if legacy else ()
 
     def find(self, name: Name) -> object:
         if name.module == "__builtin__":  # Python 2
@@ -107,7 +111,7 @@ class TorchMeaning:
             raise ValueError(f"calls {function} with other arguments than torch does") from None
 
     def load(self, key: object) -> object:
-        if not isinstance(key, tuple) or len(key) not in (5, 6) or key[0] != "storage" or key[5:] not in ((), (None,)):
+        if not isinstance(key, tuple) or len(key) < 5 or key[0] != "storage" or key[5:] != self._more:
             raise ValueError("refers to something outside of the pickle that is no storage")
         kind, name, count = key[1], key[2], key[4]
         dtype = _storage_dtype(kind) if isinstance(kind, Name) else None
@@ -153,8 +157,7 @@ def _ordered_dict(arguments: tuple[object, ...], spend: Callable[[int], None]) -
         for pair in pairs:
             if not isinstance(pair, list | tuple) or len(pair) != 2:
                 raise TypeError
-            if isinstance(pair[0], str):
-                table.items[pair[0]] = pair[1]
+            table.set(*pair)
     return table
 
 

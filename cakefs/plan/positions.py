@@ -307,6 +307,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("muse_glimmer_text", "muse_spark_text"), ("layer_types", "layer_rope_theta")),
     **dict.fromkeys(("dots3_note_vision_encoder", "step3p5"), ("mlp_layer_types",)),
     "hy_v4": ("indexer_types", "mlp_layer_types"),
+    "mllama_text_model": ("cross_attention_layers",),
     "mistral_large4_text": ("no_rope_layers", "mlp_layer_types"),
 }  # fmt: skip
 

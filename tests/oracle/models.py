@@ -10,7 +10,7 @@ SIZES = {
 
 
 def save_all(root: Path) -> None:
-    """Makes llama-a, -b, -f16, -f32, tied-a, tied-b, qwen2, qwen2-sliding, qwen3, gemma2, mixtral, gpt2 below `root`."""
+    """Makes llama-a, -b, -f16, -f32, tied-a, -b, qwen2, qwen2-sliding, qwen3, gemma2, mixtral and gpt2 below `root`."""
     import torch
     import transformers as t
 

@@ -1,0 +1,1 @@
+"""Fuzzing of everything that reads bytes of strangers: `scripts/fuzz`, and a short run of it in the tests."""
