@@ -27,7 +27,7 @@ pytestmark = needs_fuse
 
 WORKERS, CONNECTIONS = 2, 2
 FLIGHTS = WORKERS * CONNECTIONS
-LINK = 12_000_000  # Bytes per second while something is to be caught in the middle.
+LINK = 6_000_000  # Bytes per second while something is to be caught in the middle.
 
 
 def layers(seed: int, count: int = 5) -> bytes:
@@ -49,12 +49,10 @@ class Running:
 
     def kill(self, *, group: bool = False) -> None:
         """SIGKILL to the daemon alone or to its transfer processes as well; returns when all of them are gone."""
-        pids = [self.pid, *self.workers()]
+        workers = self.workers()
+        (os.killpg if group else os.kill)(self.pid, signal.SIGKILL)
+        pids = [self.pid, *workers]
         assert len(pids) == 1 + WORKERS
-        if group:
-            os.killpg(self.pid, signal.SIGKILL)
-        else:
-            os.kill(self.pid, signal.SIGKILL)
         assert eventually(lambda: not any(map(alive, pids))), "a transfer process outlives its mount"
 
 
@@ -166,11 +164,12 @@ def test_a_kill_in_the_middle_of_a_fetch_loses_nothing_that_had_come(
     name = f"org/{point.__name__}-{group}"
     published = layers(len(name) * 1000 + 500 * group)
     world.add(name, published)
+    running = Running(world.cakefs)
     world.hub.reset()
     world.hub.shape(rate=LINK)
     with world.reading(name) as errors:
         assert eventually(lambda: point(world, name))
-        Running(world.cakefs).kill(group=group)
+        running.kill(group=group)
     assert errors or point is sealing
     with pytest.raises(OSError, match=r"not connected|abort") as raised:
         os.statvfs(world.cakefs.mountpoint)

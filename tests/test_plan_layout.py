@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakefs.model import ByteRange, Extent, File, Literal, Segment, View
-from cakefs.plan.layout import Layout, Piece
+from cakefs.plan.layout import Kind, Layout, Piece
 
 SPAN = 20
 SPANS = [bytes(range(n, n + SPAN)) for n in (0, 50, 100, 150, 200)]
@@ -29,7 +29,7 @@ def content(segment: Segment) -> bytes:
 
 
 def bytes_of(layout: Layout, piece: Piece) -> bytes:
-    whole = LITERALS[layout.literals[piece.ref].blob] if piece.literal else SPANS[piece.ref]
+    whole = LITERALS[layout.literals[piece.ref].blob] if piece.kind is Kind.LITERAL else SPANS[piece.ref]
     data = whole[piece.start : piece.start + piece.size]
     assert len(data) == piece.size > 0
     return data
@@ -71,9 +71,9 @@ def test_an_empty_file_has_no_pieces() -> None:
 def test_one_read_over_literal_and_extents() -> None:
     layout = Layout.of(file([Literal("x:8", 8), Extent(3, 0, 0), Extent(1, 5, 15), Extent(3, 0, 20)]))
     assert layout.locate(6, 16) == [
-        Piece(segment=0, literal=True, ref=0, start=6, size=2),
-        Piece(segment=1, literal=False, ref=1, start=5, size=10),
-        Piece(segment=2, literal=False, ref=3, start=0, size=4),
+        Piece(segment=0, kind=Kind.LITERAL, ref=0, start=6, size=2),
+        Piece(segment=1, kind=Kind.EXTENT, ref=1, start=5, size=10),
+        Piece(segment=2, kind=Kind.EXTENT, ref=3, start=0, size=4),
     ]
     assert layout.bounds(1) == ByteRange(8, 18)
 

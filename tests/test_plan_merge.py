@@ -351,6 +351,16 @@ def test_layers_that_differ_are_kept_and_told(shelf: Shelf) -> None:
     assert "model.layers.1.mlp.down_proj.weight" not in shelf.tensors(made.manifest)
 
 
+def test_a_stack_without_embeddings_is_told(shelf: Shelf) -> None:
+    model = shelf.model("a", llama(2), config(2))
+    bare = cut(shelf, model, "0-1", with_head=True, renumber=True).manifest
+    made = build_merge(
+        parse_recipe("model: bare\nrepeat_map_raw: [0]\n"), {"bare": bare}, name="v", created=1, read_small=shelf.read,
+        put_literal=shelf.put,
+    )  # fmt: skip
+    assert "me/cut has no embedding" in made.warnings[0]
+
+
 def test_differing_constants_are_told(shelf: Shelf) -> None:
     a, b = shelf.model("a", llama(2), config(2)), shelf.model("b", llama(2), config(2, rope_theta=5.0))
     assert "rope_theta" in merge(shelf, passthrough(("a", 0, 1), ("b", 1, 2)), a, b).warnings[0]

@@ -21,15 +21,14 @@ from cakefs.model import (
     MIB,
     SMALL_FILE_LIMIT,
     ByteRange,
-    Extent,
     File,
     Listing,
-    Literal,
     Locator,
     Manifest,
     Published,
     SpanKey,
     View,
+    leaves,
 )
 from cakefs.plan.compose import build_manifest
 from cakefs.plan.present import is_safetensors, wanted_indexes
@@ -219,9 +218,9 @@ def _taken(old: Manifest, new: Manifest) -> UserError:
 def local_share(store: Store, manifest: Manifest) -> tuple[int, int]:
     """Bytes of the model directory's files, and how many of them are local; a repeated span counts each time shown."""
     segments = [s for file in manifest.shown(View.MODEL).values() for s in file.segments]
-    keys = {s.span: manifest.key(s.span) for s in segments if isinstance(s, Extent) and s.size}
+    keys = {s.span: manifest.key(s.span) for segment in segments for s in leaves(segment) if s.size}
     sealed = store.catalog.recorded(keys.values())
-    local = sum(s.size for s in segments if isinstance(s, Literal) or (s.size and keys[s.span] in sealed))
+    local = sum(s.size for s in segments if all(keys[e.span] in sealed for e in leaves(s) if e.size))
     local += store.local_bytes(set(keys.values()) - sealed)
     return sum(s.size for s in segments), local
 

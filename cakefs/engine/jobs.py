@@ -10,7 +10,7 @@ from cakefs.engine.fetch import Fetcher, Pending, Priority
 from cakefs.engine.local import stream
 from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CorruptData, NotFound, StoreFull
-from cakefs.model import CHUNK, MIB, Extent, File, Literal, Manifest, SpanKey
+from cakefs.model import CHUNK, MIB, File, Literal, Manifest, SpanKey, leaves
 from cakefs.plan.collect import GcPlan, plan_gc
 from cakefs.plan.requests import ChunkRef, span_chunks
 from cakefs.store.store import LITERAL, Store
@@ -42,7 +42,7 @@ class Repair(NamedTuple):
 
 def file_spans(manifest: Manifest, files: Iterable[File]) -> list[int]:
     """The spans that the files consist of, each once, in the order of their bytes upstream."""
-    spans = {s.span for f in files for s in f.segments if isinstance(s, Extent) and s.size}
+    spans = {s.span for f in files for segment in f.segments for s in leaves(segment) if s.size}
     return sorted(spans, key=lambda i: (manifest.spans[i].source, manifest.spans[i].start))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from cakefs.engine.read import FileReader, OpenFile, Reading
 from cakefs.errors import StoreFull
-from cakefs.model import Extent, File, Literal, Manifest, Source, leaves
+from cakefs.model import File, Literal, Manifest, Source, leaves
 from cakefs.store.lease import Lease
 from cakefs.store.store import Store
 
@@ -119,7 +119,7 @@ class Library:
                 log.warning(UNHELD, error.message)
 
     def _about(self, manifest: Manifest, file: File) -> dict[str, str]:
-        spans = {s.span for s in file.segments if isinstance(s, Extent) and s.size}
+        spans = {s.span for segment in file.segments for s in leaves(segment) if s.size}
         sources = {manifest.spans[span].source for span in spans}
         local = self._store.local_bytes(manifest.key(span) for span in spans)
         literal = sum(s.size for s in file.segments if isinstance(s, Literal))

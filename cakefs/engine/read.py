@@ -7,6 +7,7 @@ bisect, a dict look-up and one preadv into a buffer that is used again for the n
 
 import math
 from array import array
+from typing import NamedTuple
 
 import trio
 
@@ -14,7 +15,7 @@ from cakefs.engine.fetch import Fetcher, Priority
 from cakefs.engine.local import ContentPool
 from cakefs.errors import CakeError, CorruptData
 from cakefs.model import CHUNK, MIB, ByteRange, File, Manifest, SpanKey
-from cakefs.plan.layout import Layout, Piece
+from cakefs.plan.layout import Kind, Layout, Piece
 from cakefs.plan.readahead import Readahead
 from cakefs.plan.requests import ChunkRef, span_chunks
 from cakefs.store.content import Content, Outcome
@@ -76,6 +77,18 @@ class Reading:
         self._tell_refuted.send_nowait(identity)
 
 
+class Stored(NamedTuple):
+    """Bytes of a span that a piece is made of."""
+
+    span: int
+    start: int
+    size: int
+
+
+Opened = list[tuple[Stored, Content | None]]
+"""The stored bytes of a piece with what the store has of their spans."""
+
+
 class OpenFile:
     """One file of one manifest, prepared: layout, literal bytes, the reader's pattern. Shared by all its handles."""
 
@@ -87,12 +100,25 @@ class OpenFile:
         bounds = [self.layout.bounds(i) for i in range(len(self.layout))]
         header = len(bounds) > 1  # Every file of several segments begins with one: safetensors or GGUF.
         self.readahead = Readahead(array("Q", (b.start for b in bounds[header:])), self.layout.size)
+        if self.layout.computed:
+            from cakefs.plan import compute  # numpy, 0.1 s: only for those who need it
+
+            self.compute = compute
 
     def key(self, span: int) -> SpanKey:
         key = self._keys.get(span)
         if key is None:
             key = self._keys[span] = self.manifest.key(span)
         return key
+
+    def stored(self, piece: Piece) -> list[Stored]:
+        """What of the store a piece is made of: itself, nothing for a literal, the inputs of a calculation."""
+        if piece.kind is Kind.EXTENT:
+            return [Stored(piece.ref, piece.start, piece.size)]
+        if piece.kind is Kind.LITERAL:
+            return []
+        needs = self.compute.needs(self.layout.computed[piece.ref], piece.start, piece.start + piece.size)
+        return [Stored(need.extent.span, need.start, need.stop - need.start) for need in needs]
 
 
 class FileReader:
@@ -112,7 +138,7 @@ class FileReader:
         if offset >= stop:
             return memoryview(b"")
         buffer = self._shared.reply.hit(stop - offset)
-        if self._fill(buffer, offset, wait=False) is not Outcome.DONE:
+        if self._fill(buffer, offset) is not Outcome.DONE:
             return None
         counters = self._shared.counters
         counters.reads += 1
@@ -169,61 +195,79 @@ class FileReader:
     async def _filled(self, offset: int, stop: int) -> memoryview | None:
         """The reply, from a thread where the disk must be waited for; None when something is missing after all."""
         buffer = self._shared.reply.hit(stop - offset)
-        outcome = self._fill(buffer, offset, wait=False)
+        outcome = self._fill(buffer, offset)
         if outcome is Outcome.WOULD_BLOCK:
             reply = self._shared.reply
             async with reply.limiter:
                 owned = reply.take(stop - offset)
                 try:
                     buffer = owned[: stop - offset]
-                    pieces = [(self._open(p), p) for p in self._file.layout.locate(offset, stop - offset)]
-                    outcome = await trio.to_thread.run_sync(self._fill_opened, buffer, pieces)
+                    pieces = self._file.layout.locate(offset, stop - offset)
+                    opened = [(piece, self._opened(piece)) for piece in pieces]
+                    outcome = await trio.to_thread.run_sync(self._fill_opened, buffer, opened)
                 finally:
                     reply.give(owned)
         return buffer if outcome is Outcome.DONE else None
 
-    def _fill(self, buffer: memoryview, offset: int, *, wait: bool) -> Outcome:
-        pieces = self._file.layout.locate(offset, len(buffer))
-        if len(pieces) == 1:
-            return self._fill_piece(self._open(pieces[0]), pieces[0], buffer, wait)
+    def _fill(self, buffer: memoryview, offset: int) -> Outcome:
+        """Without waiting for the disk or calculating."""
         at = 0
-        for piece in pieces:
-            outcome = self._fill_piece(self._open(piece), piece, buffer[at : at + piece.size], wait)
-            if outcome is not Outcome.DONE:
-                return outcome
+        for piece in self._file.layout.locate(offset, len(buffer)):
+            target = buffer if piece.size == len(buffer) else buffer[at : at + piece.size]
+            if piece.kind is Kind.EXTENT:
+                content = self._shared.pool.get(self._file.key(piece.ref))
+                outcome = self._fill_stored(content, Stored(piece.ref, piece.start, piece.size), target, wait=False)
+                if outcome is not Outcome.DONE:
+                    return outcome
+            elif piece.kind is Kind.LITERAL:
+                target[:] = self._file.literals[piece.ref][piece.start : piece.start + piece.size]
+            else:
+                return Outcome.WOULD_BLOCK
             at += piece.size
         assert at == len(buffer), "the layout has a gap"
         return Outcome.DONE
 
-    def _fill_opened(self, buffer: memoryview, pieces: list[tuple[Content | None, Piece]]) -> Outcome:
-        """In a thread: touches neither the pool nor the catalog."""
+    def _opened(self, piece: Piece) -> Opened:
+        return [(stored, self._shared.pool.get(self._file.key(stored.span))) for stored in self._file.stored(piece)]
+
+    def _fill_opened(self, buffer: memoryview, pieces: list[tuple[Piece, Opened]]) -> Outcome:
+        """In a thread: waits for the disk and calculates, but touches neither the pool nor the catalog."""
         at = 0
-        for content, piece in pieces:
-            outcome = self._fill_piece(content, piece, buffer[at : at + piece.size], True)
+        for piece, opened in pieces:
+            target = buffer[at : at + piece.size]
+            if piece.kind is Kind.LITERAL:
+                target[:] = self._file.literals[piece.ref][piece.start : piece.start + piece.size]
+            outcome = self._fill_from(piece, opened, target)
             if outcome is not Outcome.DONE:
                 return outcome
             at += piece.size
         return Outcome.DONE
 
-    def _open(self, piece: Piece) -> Content | None:
-        return None if piece.literal else self._shared.pool.get(self._file.key(piece.ref))
+    def _fill_from(self, piece: Piece, opened: Opened, target: memoryview) -> Outcome:
+        computed = piece.kind is Kind.COMPUTED
+        inputs = [memoryview(bytearray(stored.size)) if computed else target for stored, _ in opened]
+        for (stored, content), buffer in zip(opened, inputs, strict=True):
+            outcome = self._fill_stored(content, stored, buffer, wait=True)
+            if outcome is not Outcome.DONE:
+                return outcome
+        if computed:
+            node = self._file.layout.computed[piece.ref]
+            target[:] = self._file.compute.evaluate(node, piece.start, piece.start + piece.size, inputs)
+        return Outcome.DONE
 
-    def _fill_piece(self, content: Content | None, piece: Piece, target: memoryview, wait: bool) -> Outcome:
-        if piece.literal:
-            target[:] = self._file.literals[piece.ref][piece.start : piece.start + piece.size]
-            return Outcome.DONE
-        outcome = Outcome.MISSING if content is None else content.read_into(target, piece.start, wait=wait)
+    def _fill_stored(self, content: Content | None, stored: Stored, target: memoryview, *, wait: bool) -> Outcome:
+        outcome = Outcome.MISSING if content is None else content.read_into(target, stored.start, wait=wait)
         if outcome is Outcome.MISSING and self._shared.fetcher.has_unkept:
-            return self._fill_by_chunk(content, piece, target)
+            return self._fill_by_chunk(content, stored, target)
         return outcome
 
-    def _fill_by_chunk(self, content: Content | None, piece: Piece, target: memoryview) -> Outcome:
+    def _fill_by_chunk(self, content: Content | None, stored: Stored, target: memoryview) -> Outcome:
         """The store is full: some chunks are in it, others only in the fetcher's memory, for a while."""
-        key, stop = self._file.key(piece.ref), piece.start + piece.size
-        for _, chunk in span_chunks(piece.ref, piece.start, stop):
+        key, start, stop = self._file.key(stored.span), stored.start, stored.start + stored.size
+        for _, chunk in span_chunks(stored.span, start, stop):
             base = chunk * CHUNK
-            first, last = max(piece.start, base), min(stop, base + CHUNK)
-            part = target[first - piece.start : last - piece.start]
+            first, last = max(start, base), min(stop, base + CHUNK)
+            part = target[first - start : last - start]
             data = self._shared.fetcher.unkept(key, chunk)
             if data is not None:
                 part[:] = data[first - base : last - base]
@@ -234,18 +278,18 @@ class FileReader:
     def _missing(self, offset: int, stop: int) -> list[ChunkRef]:
         missing: list[ChunkRef] = []
         for piece in self._file.layout.locate(offset, stop - offset):
-            if not piece.literal:
-                missing += self._absent(piece, self._open(piece))
+            for stored, content in self._opened(piece):
+                missing += self._absent(stored, content)
         return missing
 
-    def _absent(self, piece: Piece, content: Content | None) -> list[ChunkRef]:
-        """The chunks of a piece that are neither in the store nor held by the fetcher."""
-        stop = piece.start + piece.size
+    def _absent(self, stored: Stored, content: Content | None) -> list[ChunkRef]:
+        """The chunks that are neither in the store nor held by the fetcher."""
+        stop = stored.start + stored.size
         if content is None:
-            wanted = list(span_chunks(piece.ref, piece.start, stop))
+            wanted = list(span_chunks(stored.span, stored.start, stop))
         else:
-            wanted = [ChunkRef(piece.ref, chunk) for chunk in content.missing(piece.start, stop)]
-        key, fetcher = self._file.key(piece.ref), self._shared.fetcher
+            wanted = [ChunkRef(stored.span, chunk) for chunk in content.missing(stored.start, stop)]
+        key, fetcher = self._file.key(stored.span), self._shared.fetcher
         return [ref for ref in wanted if fetcher.unkept(key, ref.chunk) is None] if fetcher.has_unkept else wanted
 
     def _look_ahead(self, offset: int, size: int) -> None:
@@ -255,15 +299,16 @@ class FileReader:
 
     def _prefetch(self, ahead: ByteRange) -> None:
         """Announces what is local to the kernel and asks for what is not, as far as there is capacity to spare."""
-        shared, wanted = self._shared, list[ChunkRef]()
-        for piece in self._file.layout.locate(ahead.start, ahead.size):
-            key = None if piece.literal else self._file.key(piece.ref)
-            if key is None or shared.pool.is_sealed(key):
-                continue
-            wanted += self._absent(piece, shared.pool.get(key))
+        shared, file = self._shared, self._file
+        wanted: list[ChunkRef] = []
+        for piece in file.layout.locate(ahead.start, ahead.size):
+            for stored in file.stored(piece):
+                key = file.key(stored.span)
+                if not shared.pool.is_sealed(key):
+                    wanted += self._absent(stored, shared.pool.get(key))
         if wanted:
-            shared.fetcher.want_ahead(self._file.manifest, wanted)
-        for piece in self._file.layout.locate(ahead.start, min(ahead.size, ANNOUNCED)):
-            content = self._open(piece)
-            if content is not None:
-                content.willneed(piece.start, piece.start + piece.size)
+            shared.fetcher.want_ahead(file.manifest, wanted)
+        for piece in file.layout.locate(ahead.start, min(ahead.size, ANNOUNCED)):
+            for stored, content in self._opened(piece):
+                if content is not None:
+                    content.willneed(stored.start, stored.start + stored.size)

@@ -6,10 +6,22 @@ Segments of size 0 are left out: nothing is ever read from them.
 
 from array import array
 from bisect import bisect_right
+from enum import IntEnum
 from itertools import accumulate
 from typing import NamedTuple
 
-from cakefs.model import ByteRange, File, Literal, Segment
+from cakefs.model import ByteRange, Computed, Extent, File, Literal, Segment
+
+
+class Kind(IntEnum):
+    """Where the bytes of a piece come from, and so what its `ref` counts."""
+
+    EXTENT = 0  # a span of the manifest
+    LITERAL = 1  # `Layout.literals`
+    COMPUTED = 2  # `Layout.computed`
+
+
+_KINDS = tuple(Kind)
 
 
 class Piece(NamedTuple):
@@ -17,12 +29,12 @@ class Piece(NamedTuple):
 
     Attributes:
         segment: Which segment of the layout, counted without the empty ones.
-        literal: True when `ref` indexes `Layout.literals`, else it is an index of the manifest's spans.
-        start: First byte, counted from the start of the literal or of the span.
+        ref: What it is a piece of, counted as `kind` says.
+        start: First byte, counted from the start of the literal, of the span, or of the calculated tensor.
     """
 
     segment: int
-    literal: bool
+    kind: Kind
     ref: int
     start: int
     size: int
@@ -33,20 +45,35 @@ class Layout:
 
     Attributes:
         size: Of the file, in bytes.
-        literals: What pieces with `literal` set refer to.
+        literals: What pieces of kind LITERAL refer to.
+        computed: What pieces of kind COMPUTED refer to.
     """
 
-    __slots__ = ("_literal", "_refs", "_starts", "_stops", "literals", "size")
+    __slots__ = ("_kinds", "_refs", "_starts", "_stops", "computed", "literals", "size")
 
     def __init__(self, segments: tuple[Segment, ...]) -> None:
         filled = [s for s in segments if s.size]
-        self.literals = tuple(s for s in filled if isinstance(s, Literal))
+        self.literals: list[Literal] = []
+        self.computed: list[Computed] = []
         self._stops = array("Q", accumulate(s.size for s in filled))
-        self._literal = bytearray(isinstance(s, Literal) for s in filled)
-        literals = iter(range(len(self.literals)))
-        self._refs = array("Q", (next(literals) if isinstance(s, Literal) else s.span for s in filled))
-        self._starts = array("Q", (0 if isinstance(s, Literal) else s.start for s in filled))
+        self._kinds = bytearray()
+        self._refs = array("Q")
+        self._starts = array("Q")
+        for segment in filled:
+            kind, ref, start = self._filed(segment)
+            self._kinds.append(kind)
+            self._refs.append(ref)
+            self._starts.append(start)
         self.size = self._stops[-1] if filled else 0
+
+    def _filed(self, segment: Segment) -> tuple[Kind, int, int]:
+        if isinstance(segment, Extent):
+            return Kind.EXTENT, segment.span, segment.start
+        if isinstance(segment, Literal):
+            self.literals.append(segment)
+            return Kind.LITERAL, len(self.literals) - 1, 0
+        self.computed.append(segment)
+        return Kind.COMPUTED, len(self.computed) - 1, 0
 
     @classmethod
     def of(cls, file: File) -> "Layout":
@@ -71,7 +98,7 @@ class Layout:
             end = self._stops[segment]
             taken = min(end, stop) - offset
             start = self._starts[segment] + offset - begin
-            pieces.append(Piece(segment, bool(self._literal[segment]), self._refs[segment], start, taken))
+            pieces.append(Piece(segment, _KINDS[self._kinds[segment]], self._refs[segment], start, taken))
             offset += taken
             begin = end
             segment += 1

@@ -147,6 +147,8 @@ class _Merger:
         check_ties((*self._used, self._donor), self._last.inputs[0].parent, self._head)
         if self._head is None:
             check_vocabulary(self._first.inputs[0].parent, self._last.inputs[0].parent)
+        if self._first.inputs[0].parent.token_embedding() is None:
+            self._warnings.append(f"{self._first.inputs[0].parent.name} has no embedding that cakefs knows by name")
         for parent in self._used:
             used = [x.layer for layer in self._layers for x in layer.inputs if x.parent is parent]
             self._warnings += odd_layers(parent, used)
