@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,13 @@ class Cakefs:
         assert not check or done.returncode == 0, f"cakefs {' '.join(arguments)}: {done.returncode}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
         return done
+
+    def add_all(self, names: Iterable[str]) -> None:
+        """`cakefs add` of many, in one process: Python and imports take longer than each of them."""
+        code = "import sys; from cakefs.cli.main import main; sys.exit(max(main(['add', n]) for n in sys.argv[1:]))"
+        subprocess.run(
+            [sys.executable, "-c", code, *names], env=self.environment, stdout=subprocess.DEVNULL, check=True
+        )
 
     def json(self, *arguments: str) -> Any:
         return json.loads(self.run(*arguments, "--json").stdout)

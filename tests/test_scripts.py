@@ -148,7 +148,7 @@ def test_changed_requirements_are_installed_into_the_same_environment(machine: M
 
 def test_torch_comes_first_and_alone(machine: Machine) -> None:
     ready(machine, "--dev")
-    assert machine.done() == ["venv", "pip install torch==2.13.0", "pip install -e .[check,test,loaders]"]
+    assert machine.done() == ["venv", "pip install torch==2.13.0", "pip install -e .[check,test,loaders,oracle]"]
     machine.run("scripts/setup")
     assert machine.done() == []  # whoever can test can mount
 

@@ -26,6 +26,8 @@ COMMANDS = {
     "ls": "ls",
     "show": "show",
     "pull": "pull",
+    "slice": "slice",
+    "merge": "merge",
     "status": "status",
     "verify": "verify",
     "rm": "rm",

@@ -1,7 +1,7 @@
 """What a command says. stdout is for data that can be piped; notes, hints, errors and progress go to stderr.
 
 Three ways to say it: lines and tables for people, JSON (`--json`) for programs, and with `--quiet` only the names.
-Nothing that came from upstream reaches a terminal unescaped. rich is imported only where a bar is drawn.
+Nothing that came from upstream reaches a terminal unescaped. rich is imported only for bars and pictures.
 """
 
 import json
@@ -59,6 +59,18 @@ class Out:
             for line in lines:
                 cells = (put(cell, width) for put, cell, width in zip(align, line, widths, strict=True))
                 self.line("  ".join(cells).rstrip())
+
+    def picture(self, text: str, marks: str) -> None:
+        """A line of data; on a terminal that has colours, the characters `marks` in another one."""
+        if sys.stdout is None or not sys.stdout.isatty():
+            return self.line(text)
+        from rich.console import Console
+        from rich.text import Text
+
+        painted = Text(printable(text))
+        painted.highlight_regex(f"[{marks}]+", "bold yellow")
+        with _reported():
+            Console().print(painted, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """What a person wants to know and a program does not."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cakefs.engine.survey import FileSummary, SourceSummary, TensorSummary
     from cakefs.model import Manifest
 
-HELP = "show a model: files, sources, revision; or its tensors"
+HELP = "show a model: files, sources, revision, stack of layers; or its tensors"
 VERIFIED = {True: "verified", False: "REFUTED", None: "not yet"}
 
 
@@ -50,6 +50,7 @@ def _show_files(manifest: "Manifest", files: list["FileSummary"], sources: list[
         out.line(f"added     {time.strftime('%Y-%m-%d %H:%M', time.localtime(manifest.created))}")
         out.line(f"size      {human_size(size)}, {human_size(local)} local, {counted(len(manifest.tensors), 'tensor')}")
         out.line("")
+        _show_stack(manifest, out)
     out.table(("FILE", ">SIZE", ">LOCAL"), [(f.path, human_size(f.size), human_size(f.local_bytes)) for f in shown])
     if out.quiet:
         return
@@ -58,6 +59,15 @@ def _show_files(manifest: "Manifest", files: list["FileSummary"], sources: list[
         ("SOURCE", ">SIZE", "SHA-256", "IDENTITY"),
         [(s.path, human_size(s.size), VERIFIED[s.verified] if s.sha256 else "-", s.identity) for s in sources],
     )
+
+
+def _show_stack(manifest: "Manifest", out: Out) -> None:
+    from cakefs.cli.stack import REPEATED, draw_stack
+
+    if manifest.stack:
+        for line in draw_stack(manifest.stack):
+            out.picture(line, REPEATED)
+        out.line("")
 
 
 def _show_tensors(tensors: list["TensorSummary"], out: Out) -> None:
@@ -76,10 +86,13 @@ def _as_json(
     sources: list["SourceSummary"],
     tensors: list["TensorSummary"] | None,
 ) -> dict[str, object]:
+    from cakefs.cli.stack import stack_as_json
+
     facts = {name: getattr(manifest, name) for name in ("name", "origin", "revision", "requested", "created")}
     lists: dict[str, object] = {
         "files": [f._asdict() for f in files],
         "sources": [s._asdict() for s in sources],
+        "stack": stack_as_json(manifest.stack),
     }
     if tensors is not None:
         lists["tensors"] = [t._asdict() for t in tensors]

@@ -134,8 +134,13 @@ class Fetcher:
 
     # -- wanting ---------------------------------------------------------------------------------------------------
 
-    def want(self, manifest: Manifest, refs: Iterable[ChunkRef], priority: Priority) -> list[Pending]:
+    def want(
+        self, manifest: Manifest, refs: Iterable[ChunkRef], priority: Priority, *, soon: bool = False
+    ) -> list[Pending]:
         """Joins the flights of chunks that are on their way and starts flights for the others.
+
+        Args:
+            soon: Before all that is queued with this priority.
 
         Raises:
             RemoteUnavailable: Offline.
@@ -153,13 +158,13 @@ class Fetcher:
             if self._offline:
                 source = manifest.sources[manifest.spans[new[0].span].source]
                 raise RemoteUnavailable(f"{source.path} of {manifest.name} is not all local, and cakefs is offline")
-            pendings += self._depart(manifest, new, priority)
+            pendings += self._depart(manifest, new, priority, soon)
         return pendings
 
-    def want_ahead(self, manifest: Manifest, refs: Sequence[ChunkRef]) -> None:
+    def want_ahead(self, manifest: Manifest, refs: Sequence[ChunkRef], *, soon: bool) -> None:
         """Asks for what nobody waits for yet; nothing happens offline."""
         if not self._offline:
-            self.want(manifest, refs, Priority.AHEAD)
+            self.want(manifest, refs, Priority.AHEAD, soon=soon)
 
     async def wait(self, manifest: Manifest, pendings: Sequence[Pending]) -> None:
         """Waits until the chunks have arrived.
@@ -210,18 +215,23 @@ class Fetcher:
     def on_their_way(self) -> int:
         return len(self._pending)
 
-    def _depart(self, manifest: Manifest, refs: list[ChunkRef], priority: Priority) -> list[Pending]:
-        pendings = []
+    def _depart(self, manifest: Manifest, refs: list[ChunkRef], priority: Priority, soon: bool) -> list[Pending]:
+        pendings, flights = [], []
         for source, start, stop, spans in range_requests(manifest, refs):
             upstream = manifest.sources[source]
             job = FetchJob(next(self._ids), upstream.locator, upstream.identity, start, stop, spans)
             flight = Flight(job, priority)
             self._flights[job.id] = flight
-            self._queues[priority].append(flight)
+            flights.append(flight)
             for chunk in flight.chunks:
                 pending = Pending(flight, chunk.stop - chunk.start)
                 self._pending[chunk.key, chunk.chunk] = pending
                 pendings.append(pending)
+        queue = self._queues[priority]
+        if soon:
+            queue.extendleft(reversed(flights))
+        else:
+            queue.extend(flights)
         self._dispatch()
         return pendings
 

@@ -294,21 +294,29 @@ class FileReader:
 
     def _look_ahead(self, offset: int, size: int) -> None:
         if self._shared.readahead:
-            for ahead in self._file.readahead.observe(offset, size):
-                self._prefetch(ahead)
+            ahead = self._file.readahead.observe(offset, size)
+            if ahead.soon:
+                self._prefetch(ahead.soon, soon=True)
+            if ahead.later:
+                self._prefetch(ahead.later, soon=False)
 
-    def _prefetch(self, ahead: ByteRange) -> None:
-        """Announces what is local to the kernel and asks for what is not, as far as there is capacity to spare."""
+    def _prefetch(self, ranges: list[ByteRange], *, soon: bool) -> None:
+        """Asks for what is not local, as far as there is capacity to spare, and announces the rest to the kernel."""
         shared, file = self._shared, self._file
         wanted: list[ChunkRef] = []
-        for piece in file.layout.locate(ahead.start, ahead.size):
-            for stored in file.stored(piece):
-                key = file.key(stored.span)
-                if not shared.pool.is_sealed(key):
-                    wanted += self._absent(stored, shared.pool.get(key))
+        for ahead in ranges:
+            for piece in file.layout.locate(ahead.start, ahead.size):
+                for stored in file.stored(piece):
+                    key = file.key(stored.span)
+                    if not shared.pool.is_sealed(key):
+                        wanted += self._absent(stored, shared.pool.get(key))
         if wanted:
-            shared.fetcher.want_ahead(file.manifest, wanted)
-        for piece in file.layout.locate(ahead.start, min(ahead.size, ANNOUNCED)):
+            shared.fetcher.want_ahead(file.manifest, wanted, soon=soon)
+        else:
+            self._announce(ranges[0])
+
+    def _announce(self, ahead: ByteRange) -> None:
+        for piece in self._file.layout.locate(ahead.start, min(ahead.size, ANNOUNCED)):
             for stored, content in self._opened(piece):
                 if content is not None:
                     content.willneed(stored.start, stored.start + stored.size)

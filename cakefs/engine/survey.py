@@ -5,13 +5,14 @@ the spans, one of the partials, one of the manifests.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
 from cakefs.errors import UserError
-from cakefs.model import Computed, Extent, File, Literal, Manifest, Segment, Source, SpanKey, View
+from cakefs.model import COMPUTED, File, Literal, Manifest, Source, SpanKey, View, leaves
+from cakefs.plan.view import parts_of
 from cakefs.store.store import Store
 
 
@@ -68,7 +69,7 @@ class SourceSummary(NamedTuple):
 
 
 class TensorSummary(NamedTuple):
-    """A tensor; `digest` is that of its blob, empty unless all of it is local."""
+    """A tensor; `digest` is that of its blob, empty unless all of it is local, and for one that is calculated."""
 
     name: str
     dtype: str
@@ -115,26 +116,27 @@ class Shown:
     def __init__(self, manifest: Manifest, files: Iterable[File] | None = None) -> None:
         """Args: files: Only these."""
         sizes: dict[int, int] = {}
-        self.literal_bytes = 0
+        self.literal_bytes = self.size = 0
         for file in manifest.shown(View.MODEL).values() if files is None else files:
+            self.size += file.size
             for segment in file.segments:
                 if isinstance(segment, Literal):
                     self.literal_bytes += segment.size
-                    continue
-                for extent in (segment,) if isinstance(segment, Extent) else _extents(segment):
-                    sizes[extent.span] = sizes.get(extent.span, 0) + extent.stop - extent.start
+                for extent in leaves(segment):
+                    sizes[extent.span] = sizes.get(extent.span, 0) + extent.size
         self.sources = {manifest.spans[span].source for span in sizes}
-        self.size = self.literal_bytes + sum(sizes.values())
         self.spans: dict[SpanKey, int] = {}
         for span, size in sizes.items():
             key = manifest.key(span)  # Files with equal bytes have equal keys.
             self.spans[key] = self.spans.get(key, 0) + size
 
     def local_bytes(self, local: Local) -> int:
-        """A span that is shown several times counts as often."""
+        """A span that is shown several times counts as often; what is calculated, as much as of its inputs is here."""
         if self.complete(local):
             return self.size
-        return self.literal_bytes + sum(min(size, local.size(key)) for key, size in self.spans.items())
+        here = sum(min(size, local.size(key) * -(-size // (key.size or 1))) for key, size in self.spans.items())
+        needed, shown = sum(self.spans.values()), self.size - self.literal_bytes
+        return self.literal_bytes + (here if shown == needed else here * shown // needed)
 
     def complete(self, local: Local) -> bool:
         return self.spans.keys() <= local.digests.keys()
@@ -222,8 +224,15 @@ def summarize_sources(store: Store, manifest: Manifest) -> list[SourceSummary]:
 
 def summarize_tensors(manifest: Manifest, local: Local) -> list[TensorSummary]:
     """In the order of the manifest."""
+    views = parts_of(manifest) if manifest.stack else {}
     found = []
     for tensor in manifest.tensors:
+        if tensor.span == COMPUTED:
+            data = views[tensor.name].data
+            parts = [(e.size, min(e.size, local.size(manifest.key(e.span)))) for e in leaves(data)]
+            here = data.size * sum(p[1] for p in parts) // max(1, sum(p[0] for p in parts))
+            found.append(TensorSummary(tensor.name, tensor.dtype, tensor.shape, data.size, here, ""))
+            continue
         key = manifest.key(tensor.span)
         digest = local.digests.get(key, "")
         found.append(TensorSummary(tensor.name, tensor.dtype, tensor.shape, key.size, local.size(key), digest))
@@ -253,15 +262,6 @@ class _Confirmations:
         """True when there are published hashes, and all of them were met."""
         published = [s for i in shown.sources if (s := manifest.sources[i]).sha256]
         return bool(published) and all(self.of(source) for source in published)
-
-
-def _extents(segment: Segment) -> Iterator[Extent]:
-    """The upstream bytes that a segment is or needs."""
-    if isinstance(segment, Computed):
-        for node in segment.inputs:
-            yield from _extents(node)
-    elif isinstance(segment, Extent):
-        yield segment
 
 
 def _exists(path: Path) -> bool:

@@ -6,27 +6,48 @@ The reader of a model file shows itself in three ways, and the kernel's own read
   window ahead of it doubles with every step, from a few MiB up to the limit;
 - it *walks* the heads of tensors (safetensors touches one page of each): a read that covers the first byte of a
   tensor is strong evidence that the tensor will be used, so its rest is wanted and then its successors in file order,
-  more of them with every head seen. The kernel reads around a fault, so such a read often begins in the tail of the
-  tensor before: that tail says nothing about the neighbour;
+  more of them with every head seen. Such a walk waits for each head in turn, so the heads ahead of it are wanted before
+  any body. The kernel reads around a fault, so such a read often begins in the tail of the tensor before: that tail
+  says nothing about the neighbour;
 - it *jumps* inside tensors (4 KiB here and there), or reads the header: nothing is wanted.
 """
 
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from cakefs.model import MIB, ByteRange
+from cakefs.model import CHUNK, MIB, ByteRange
 from cakefs.plan.ranges import coalesce, subtract
 
 RUN_WINDOW = MIB  # Of a run seen for the first time: two reads in a row may be chance.
 FIRST_WINDOW = 8 * MIB  # Of the second head of a walk. Guess: two requests of 4 MiB, 64 ms of a 1 Gbit/s link.
 LAST_WINDOW = 256 * MIB  # 2 s of a 1 Gbit/s link; more only makes a wrong guess dearer.
 HEAD_LIMIT = 64 * MIB  # A first touch wants at most this much of one tensor.
-HOLES_PART = (
-    4  # At the end of the file up to a quarter of it is filled in; a worker with half of the layers wants half.
-)
+HEADS = 256  # Heads wanted at once: 512 MiB at most.
+AROUND = MIB  # The kernel reads before a fault up to one request; the head is there only when that has come, too.
+HOLES_PART = 4  # At the end up to a quarter of the file is filled in; a worker with half of the layers wants half.
+# Reads that follow each other this far may still be one fault: the kernel reads up to 1 MiB before it and 1 MiB behind.
+WALK_REACH = 3 * MIB
 STREAMS = 32  # Readers of one file told apart: transformers uses 4 threads, fastsafetensors 16.
 SLACK = 256 * 1024  # The kernel may skip or repeat up to one readahead window between two reads of one run.
+
+
+class Ahead(NamedTuple):
+    """What should be fetched: `soon`, before anything that was wanted earlier, and `later`, in its turn."""
+
+    soon: list[ByteRange]
+    later: list[ByteRange]
+
+
+NOTHING = Ahead([], [])
+
+
+class _Stream(NamedTuple):
+    """Reads that follow each other: where they began, and the window ahead of the last."""
+
+    begin: int
+    window: int
 
 
 class Readahead:
@@ -41,47 +62,50 @@ class Readahead:
         self._starts = starts
         self._size = size
         self._seen = bytearray(len(starts))  # heads that were touched
-        self._streams: OrderedDict[int, int] = OrderedDict()  # end of a stream's last read -> its window
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()  # by the end of its last read
         self._heads = 0
         self._quiet = ByteRange(0, 0)  # a run that is at `start` and needs no look before `stop`
         self._asked: list[ByteRange] = []  # disjoint, rising, never touching
 
-    def observe(self, offset: int, size: int) -> list[ByteRange]:
+    def observe(self, offset: int, size: int) -> Ahead:
         """Notes a read of `size` bytes at `offset`; returns what should be fetched soon and was not asked for yet."""
         stop = offset + size
         if offset == self._quiet[0] and stop < self._quiet[1]:
             self._quiet = ByteRange(stop, self._quiet[1])
-            return []
+            return NOTHING
         return self._look(offset, stop)
 
-    def _look(self, offset: int, stop: int) -> list[ByteRange]:
+    def _look(self, offset: int, stop: int) -> Ahead:
         if self._quiet[1]:
-            self._remember(self._quiet[0], LAST_WINDOW)
+            self._remember(self._quiet[0], _Stream(self._quiet[0] - LAST_WINDOW, LAST_WINDOW))
             self._quiet = ByteRange(0, 0)
-        window = self._continued(offset, stop)
+        stream = self._continued(offset, stop) or _Stream(offset, 0)
         if offset < (self._starts[0] if self._starts else 0):
-            self._remember(stop, 0)
-            return []
-        if window is not None:
-            window = min(LAST_WINDOW, max(RUN_WINDOW, 2 * window))
-            self._remember(stop, window)
-            wanted = self._ask(stop, stop + window)
-            if window == LAST_WINDOW:
-                self._quiet = ByteRange(stop, self._frontier(stop) - LAST_WINDOW // 2)
-            return wanted
+            self._remember(stop, stream)
+            return NOTHING
         head = bisect_left(self._starts, offset)
-        if head < len(self._starts) and self._starts[head] < stop:
-            return self._touched_head(head, stop)
-        self._remember(stop, 0)
-        return []
+        if head < len(self._starts) and self._starts[head] < stop <= stream.begin + WALK_REACH:
+            return self._touched_head(head, stop, stream)
+        if stream.begin == offset:
+            self._remember(stop, stream)
+            return NOTHING
+        return Ahead([], self._run_on(stop, stream))
+
+    def _run_on(self, stop: int, stream: _Stream) -> list[ByteRange]:
+        window = min(LAST_WINDOW, max(RUN_WINDOW, 2 * stream.window))
+        self._remember(stop, _Stream(stream.begin, window))
+        wanted = self._ask(stop, stop + window)
+        if window == LAST_WINDOW:
+            self._quiet = ByteRange(stop, self._frontier(stop) - LAST_WINDOW // 2)
+        return wanted
 
     def forget(self) -> None:
         """What was asked for did not come (or went): later observations may ask for it again."""
         self._asked.clear()
         self._quiet = ByteRange(0, 0)
 
-    def _continued(self, offset: int, stop: int) -> int | None:
-        """The window of the stream that this read goes on with, taken out of the table."""
+    def _continued(self, offset: int, stop: int) -> _Stream | None:
+        """The stream that this read goes on with, taken out of the table."""
         if offset in self._streams:
             return self._streams.pop(offset)
         for end in reversed(self._streams):
@@ -89,14 +113,27 @@ class Readahead:
                 return self._streams.pop(end)
         return None
 
-    def _touched_head(self, head: int, stop: int) -> list[ByteRange]:
+    def _touched_head(self, head: int, stop: int, stream: _Stream) -> Ahead:
         self._heads += not self._seen[head]
         self._seen[head] = 1
         window = min(LAST_WINDOW, FIRST_WINDOW << min(self._heads - 1, 8)) if self._heads > 1 else 0
-        self._remember(stop, window)
+        self._remember(stop, _Stream(stream.begin, max(window, stream.window)))
         next_head = bisect_left(self._starts, stop)
         tensor_stop = self._starts[next_head] if next_head < len(self._starts) else self._size
-        return self._ask(stop, max(min(tensor_stop, stop + HEAD_LIMIT), stop + window))
+        heads = self._heads_after(head) if self._heads > 1 else []
+        return Ahead(heads, self._ask(stop, max(min(tensor_stop, stop + HEAD_LIMIT), stop + window)))
+
+    def _heads_after(self, head: int) -> list[ByteRange]:
+        """The heads of the next tensors with what is read around them: twice as many with every head touched."""
+        first = head + 1
+        last = min(len(self._starts), first + min(HEADS, 1 << min(self._heads, 30)))
+        ends = [*self._starts[first + 1 : last + 1], self._size][: last - first]
+        starts = self._starts[first:last]
+        heads = [ByteRange(s - AROUND, min(s + CHUNK, e)) for s, e in zip(starts, ends, strict=True)]
+        new = subtract(heads, self._asked)
+        if new:
+            self._asked = coalesce([*self._asked, *new])
+        return new
 
     def _ask(self, position: int, target: int) -> list[ByteRange]:
         """Asks only when half of the window is new, so that requests stay large."""
@@ -127,7 +164,7 @@ class Readahead:
         at = bisect_right(self._asked, (position, self._size + 1)) - 1
         return max(position, self._asked[at].stop) if at >= 0 else position
 
-    def _remember(self, stop: int, window: int) -> None:
-        self._streams[stop] = window
+    def _remember(self, stop: int, stream: _Stream) -> None:
+        self._streams[stop] = stream
         if len(self._streams) > STREAMS:
             self._streams.popitem(last=False)

@@ -172,12 +172,15 @@ class Store:
 
     def put_literal(self, data: bytes) -> Digest:
         """Keeps bytes that no upstream file has."""
-        key = SpanKey(LITERAL + hashlib.sha256(data).hexdigest(), 0, len(data))
+        key = _literal_key(data)
         self.put_span(key, data)
         record = self.catalog.find(key)
         if record is None:
             raise CakeError(f"literal of {len(data)} bytes vanished from {self.path} at once")
         return record.digest
+
+    def has_literal(self, data: bytes) -> bool:
+        return self.has(_literal_key(data))
 
     # Removing
 
@@ -323,3 +326,7 @@ def _report(key: SpanKey, chunk: int) -> None:
     start = key.start + (chunk << CHUNK_SHIFT)
     stop = min(key.stop, start + CHUNK)
     _log.warning("bytes %d..%d of %s do not match their recorded sum: to be fetched again", start, stop, key.identity)
+
+
+def _literal_key(data: bytes) -> SpanKey:
+    return SpanKey(LITERAL + hashlib.sha256(data).hexdigest(), 0, len(data))

@@ -7,21 +7,20 @@ file. Memory is limited, so that a parser that believes a size fails too.
 import hashlib
 import resource
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from tests.fuzz.targets import TARGETS, Target, check
-
+Target = Callable[[bytes], bool]  # whether the bytes were accepted; raises what is wrong with the parser
 SEEDS = Path(__file__).parent / "seeds"
 MEMORY = 3 * 1024**3
 _MAX_INPUT = 8192
-_BATCH = 300
+_BATCH = 100
 _NUMBERS = (0, 1, 2, 7, 8, 0x7F, 0x80, 0xFF, 0xFFFF, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -73,7 +72,7 @@ def hunt(name: str, target: Target, seconds: float, keep: Path, first_seed: int 
         nonlocal count, accepted
         failing[:] = [data]  # the last one run is the smallest that fails
         count += 1
-        accepted += check(target, data)
+        accepted += target(data)
 
     while time.monotonic() < deadline or not batch:
         try:
@@ -94,10 +93,6 @@ def _save(keep: Path, name: str, data: bytes) -> Path:
     return path
 
 
-def limit_memory() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-
-
 # --- atheris ----------------------------------------------------------------------------------------------------------
 
 
@@ -105,23 +100,28 @@ def has_atheris() -> bool:
     return find_spec("atheris") is not None
 
 
-def guided(name: str, target: Target, seconds: float, keep: Path) -> None:
-    """Runs libFuzzer, which ends the process: with status 0 when nothing was found."""
+def guided(name: str, seconds: float, keep: Path, corpus: Path) -> None:
+    """Runs libFuzzer, which ends the process: with status 0 when nothing was found.
+
+    Args:
+        corpus: An empty directory for the inputs that reach something new.
+    """
     import atheris
 
+    with atheris.instrument_imports(include=["cakefs"]):  # so it must not have been imported before
+        target = load(name)
     keep.mkdir(parents=True, exist_ok=True)
-    atheris.instrument_all()
-    with tempfile.TemporaryDirectory() as corpus:
-        options = [f"-max_total_time={max(1, round(seconds))}", f"-max_len={_MAX_INPUT}", "-rss_limit_mb=3072"]
-        options += [f"-artifact_prefix={keep}/{name}-", "-print_final_stats=1", "-verbosity=1", "-timeout=30"]
-        atheris.Setup([sys.argv[0], *options, corpus, str(SEEDS / name)], lambda data: check(target, data))
-        atheris.Fuzz()
+    options = [f"-max_total_time={max(1, round(seconds))}", f"-max_len={_MAX_INPUT}", "-rss_limit_mb=3072"]
+    options += [f"-artifact_prefix={keep}/{name}-", "-print_final_stats=1", "-timeout=30"]
+    atheris.Setup([sys.argv[0], *options, str(corpus), str(SEEDS / name)], target)
+    atheris.Fuzz()
 
 
-def one(name: str, seconds: float, keep: Path, *, engine: str, first_seed: int = 0) -> int:
-    """Fuzzes one target in this process; the status to end it with."""
-    if engine == "atheris":
-        guided(name, TARGETS[name], seconds, keep)
-        return 0
-    limit_memory()
-    return 0 if hunt(name, TARGETS[name], seconds, keep, first_seed) else 1
+def load(name: str) -> Target:
+    from tests.fuzz.targets import TARGETS, check
+
+    return partial(check, TARGETS[name])
+
+
+def limit_memory() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
