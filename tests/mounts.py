@@ -55,7 +55,7 @@ class Cakefs:
     @contextmanager
     def mounted(self, *flags: str, **environment: str) -> Iterator[Path]:
         """Mounted in the background, as `cakefs mount` does it; what it logged is checked for tracebacks at the end."""
-        self.run("mount", *flags, str(self.mountpoint), **environment)
+        self.run("mount", *flags, str(self.mountpoint), check=True, **environment)
         try:
             yield self.mountpoint
         finally:

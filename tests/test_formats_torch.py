@@ -309,7 +309,6 @@ def test_a_bomb_costs_nothing(case: str, container: str) -> None:
 
 FLOODS = {
     "dictionaries": "b'](' + b'}' * 900_000 + b'e' + b'](' + b'}' * 900_000 + b'e'",
-    "lists": "(b'](' + b']' * 900_000 + b'e') * 4",
     "stack": "b'N' * 2_000_000",
     "one list many times": "b'](' + b'N' * 900_000 + b'eq\\0' + b'ccollections\\nOrderedDict\\n(h\\0tR' * 100_000",
 }
@@ -335,7 +334,7 @@ def test_a_flood_is_stopped(case: str) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     reason, megabytes = done.stdout.splitlines()
     assert "more than" in reason or "other arguments" in reason
-    assert int(megabytes) < 300
+    assert int(megabytes) < 250
 
 
 # --- names ------------------------------------------------------------------------------------------------------------

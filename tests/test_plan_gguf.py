@@ -11,7 +11,6 @@ from cakefs.formats.gguf import Header, Kind, parse_header
 from cakefs.formats.ggufwrite import TensorSpec, build_header, encode
 from cakefs.model import Extent, File, Literal, Locator, Manifest, Source, Span, View
 from cakefs.plan.gguf_compose import Part, is_gguf, merged_file, piece_ranges, split_sets
-from cakefs.plan.layout import Layout
 from tests import gguf_files
 from tests.gguf_files import ACCEPTED, LAXER
 
@@ -49,15 +48,15 @@ class Merge:
         return digest
 
     def read(self) -> bytes:
-        layout, files = Layout.of(self.file), list(self.published.values())
+        files = list(self.published.values())
         parts = []
-        for piece in layout.locate(0, layout.size):
-            if piece.literal:
-                data = self.literals[layout.literals[piece.ref].blob]
-            else:
-                span = self.manifest.spans[piece.ref]
+        for segment in self.file.segments:
+            if isinstance(segment, Literal):
+                parts.append(self.literals[segment.blob])
+            elif isinstance(segment, Extent):
+                span = self.manifest.spans[segment.span]
                 data = files[span.source][span.start : span.stop]
-            parts.append(data[piece.start : piece.start + piece.size])
+                parts.append(data[segment.start : segment.stop])
         return b"".join(parts)
 
 

@@ -41,15 +41,26 @@ def confirm_source(store: Store, identity: str, size: int, *, again: bool = Fals
     Returns:
         True or False for a file that was hashed; None when it is incomplete, has no published hash, or needs none.
     """
-    algorithm, _, expected = identity.partition(":")
-    if algorithm not in ("sha256", "git"):
+    if identity.partition(":")[0] not in ("sha256", "git") or _pieces(store, identity, size, again) is None:
         return None
+    with store.confirming(identity):
+        return _confirm(store, identity, size, again)
+
+
+def _pieces(store: Store, identity: str, size: int, again: bool) -> list[tuple[int, int]] | None:
+    """What is to be hashed; None when that cannot or need not be done."""
     known = store.catalog.verified(identity)
     if known is not None and known.ok and not again:
         return None
-    pieces = tiling(store.catalog.spans(identity), size)
+    return tiling(store.catalog.spans(identity), size)
+
+
+def _confirm(store: Store, identity: str, size: int, again: bool) -> bool | None:
+    """Under its lock: another process may have been here in the meantime."""
+    pieces = _pieces(store, identity, size, again)
     if pieces is None:
         return None
+    algorithm, _, expected = identity.partition(":")
     actual = _hash(store, _hasher(algorithm, size), [SpanKey(identity, *piece) for piece in pieces])
     if actual is None:
         return None

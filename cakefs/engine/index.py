@@ -14,6 +14,7 @@ from typing import NamedTuple
 import trio
 
 from cakefs.engine.local import stream
+from cakefs.engine.survey import Local, Shown
 from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CorruptData, InvalidFormat, NotFound, UserError
 from cakefs.formats import safetensors, sharded
@@ -28,7 +29,6 @@ from cakefs.model import (
     Published,
     SpanKey,
     View,
-    leaves,
 )
 from cakefs.plan.compose import build_manifest
 from cakefs.plan.present import is_safetensors, wanted_indexes
@@ -110,8 +110,9 @@ class Indexer:
             elif not update:
                 raise _taken(old, manifest)
         manifest_id = before.manifest if before and not changed else catalog.put_model(manifest)
-        total, local = local_share(self._store, manifest)
-        return Added(manifest, manifest_id, changed, self._fetched, total, local)
+        shown = Shown(manifest)
+        local = shown.local_bytes(Local.of_model(self._store, manifest))
+        return Added(manifest, manifest_id, changed, self._fetched, shown.size, local)
 
     def _readable(self, manifest_id: str) -> Manifest | None:
         """None for one that is damaged: adding the model again is what mends it."""
@@ -213,16 +214,6 @@ def _taken(old: Manifest, new: Manifest) -> UserError:
         return UserError(f"{old.name} is already here, from {old.origin}", hint="--as NAME, or --update to replace it")
     at = f" at {old.revision[:12]}, not at {new.revision[:12]}" if old.revision != new.revision else ", and has changed"
     return UserError(f"{old.name} is already here{at}", hint="--update to follow, or --as NAME to have both")
-
-
-def local_share(store: Store, manifest: Manifest) -> tuple[int, int]:
-    """Bytes of the model directory's files, and how many of them are local; a repeated span counts each time shown."""
-    segments = [s for file in manifest.shown(View.MODEL).values() for s in file.segments]
-    keys = {s.span: manifest.key(s.span) for segment in segments for s in leaves(segment) if s.size}
-    sealed = store.catalog.recorded(keys.values())
-    local = sum(s.size for s in segments if all(keys[e.span] in sealed for e in leaves(s) if e.size))
-    local += store.local_bytes(set(keys.values()) - sealed)
-    return sum(s.size for s in segments), local
 
 
 def model_name(name: str) -> str:

@@ -153,8 +153,9 @@ class Worker:
             self._report(Arrived(job, index, None if kept else data))
 
     def look(self, request: Look) -> None:
-        self._touched[request.identity] = request.size
-        self._work.set()
+        if not self._store.catalog.readonly:
+            self._touched[request.identity] = request.size
+            self._work.set()
 
     def flush(self) -> None:
         self._flushing = True

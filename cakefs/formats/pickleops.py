@@ -3,10 +3,10 @@
 Nothing that a pickle names is ever imported, called or built: a global is a `Name`, and what calling it would give is
 for the caller to say, as inert values. Python's own unpicklers, restricted or not, trust sizes (9 bytes made one take
 8 GB), so this is not one: the memo is a dictionary, strings are never longer than the pickle, and every opcode and item
-costs from one budget. 16 MiB of the worst pickle cost about 250 MB and some seconds.
+costs from one budget. 16 MiB of the worst pickle cost about 200 MB and some seconds.
 
-Opcodes are those of binary protocols 2 to 5 that pickles of data use. Sets, extension codes, buffers out of band and
-the text protocols are not known here, except where torch writes them.
+Opcodes are those that pickles of data use in the binary protocols 2 to 5. Text protocols, extension codes, objects made
+by INST and OBJ, frozen sets and buffers out of band are unknown here, and so refused.
 """
 
 import struct
@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 from cakefs.formats.strictjson import brief
 
 PICKLE_LIMIT = 16 * 1024 * 1024
-_MAX_WORK = 6_000_000  # 150,000 tensors; each takes 40.
+_MAX_WORK = 4_000_000  # 60,000 tensors: a parameter takes 65.
 CONTAINER = 6  # Work that an empty list or dictionary counts as: it takes so many times the memory of a number.
 _MAX_STACK = 1_000_000
 _MAX_LINE = 1024

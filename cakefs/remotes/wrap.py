@@ -40,9 +40,13 @@ class _Budget:
             self._delivered = 0
             self.scope.deadline = trio.current_time() + self.seconds
 
+    @property
+    def left(self) -> float:
+        return self.scope.deadline - trio.current_time()
+
     @contextmanager
     def hold(self) -> Iterator[None]:
-        left = self.scope.deadline - trio.current_time()
+        left = self.left
         self.scope.deadline = math.inf
         try:
             yield
@@ -109,7 +113,9 @@ class Retry:
             patience -= asked
             with _off_budget():
                 await trio.sleep(asked)
-            await trio.sleep(self._jitter(0.0, min(BACKOFF_LIMIT_S, BACKOFF_S * 2.0 ** min(attempt.fruitless, 10))))
+            # At most half of what is left: the last tries come when they can still help.
+            longest = min(BACKOFF_LIMIT_S, max(BACKOFF_S / 4, attempt.budget.left / 2))
+            await trio.sleep(self._jitter(0.0, min(longest, BACKOFF_S * 2.0 ** min(attempt.fruitless, 10))))
 
 
 class _Attempts:

@@ -7,6 +7,7 @@ holds them, and exclude threads of one process as well as other processes.
 import errno
 import fcntl
 import os
+import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -138,6 +139,18 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
         yield
     finally:
         fcntl.flock(holder.fd, fcntl.LOCK_UN)
+
+
+@contextmanager
+def locked_place(path: Path, place: int) -> Iterator[None]:
+    """Holds one of the locks of which `path` has as many as there are numbers below 2**62; waits for it."""
+    holder = open_file(path, os.O_RDWR | os.O_CREAT)
+    # struct flock: type, whence, start, length, pid. Of the open file, not of the process: it excludes threads, too.
+    fcntl.fcntl(holder.fd, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
+    try:
+        yield
+    finally:
+        fcntl.fcntl(holder.fd, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_UNLCK, os.SEEK_SET, place, 1, 0))
 
 
 @contextmanager

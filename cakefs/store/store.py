@@ -7,6 +7,7 @@
     quarantine/     blobs that a published SHA-256 proved wrong, until the next sweep
     run/            leases of running processes (lease.py)
     *.lock          flocks: names.lock (blobs.py), run.lock (lease.py), gc.lock (`Store.guard`)
+    confirm.lock    a lock for each upstream file (`Store.confirming`)
 
 Locks are taken in this order: partials' (by name, where several), names.lock, LMDB's writer.
 What a crash leaves is either used again (partials) or removed by `sweep`; opening scans nothing.
@@ -16,7 +17,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial as bind
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from cakefs.store.blobs import Blobs, Candidate, inspect
 from cakefs.store.catalog import BlobRecord, Catalog
 from cakefs.store.content import Content, FileContent, InlineContent
 from cakefs.store.environment import MAP_SIZE
-from cakefs.store.files import locked, read_full, translated
+from cakefs.store.files import locked, locked_place, read_full, translated
 from cakefs.store.hashes import CHUNK_SHIFT, DigestHasher, chunk_count, chunk_size, chunk_sum
 from cakefs.store.layout import open_layout
 from cakefs.store.partial import Partial, local_size, open_partial, partial_name
@@ -237,6 +238,13 @@ class Store:
     def guard(self, *, exclusive: bool = False) -> AbstractContextManager[None]:
         """Held by gc (exclusive), and by whoever has stored bytes that no model names yet, such as `add`."""
         return locked(self.path / "gc.lock", shared=not exclusive)
+
+    @contextmanager
+    def confirming(self, identity: str) -> Iterator[None]:
+        """Held by whoever hashes a whole upstream file: the others wait, and need not do it again."""
+        place = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:7], "little")
+        with translated(f"lock {self.path}"), locked_place(self.path / "confirm.lock", place):
+            yield
 
     # Within
 

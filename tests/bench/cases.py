@@ -168,13 +168,13 @@ def adding(work: Path, rounds: int) -> Iterator[Result]:
             report = json.loads(world.cakefs(env, "add", "--json", name))
             end = os.times()
             cpu = end.children_user + end.children_system - start.children_user - start.children_system
-        over = report["fetched"] - header - small
+        over = report["fetched_bytes"] - header - small
         yield Result(
             f"add of {tensors} tensors: bytes beyond headers and small files",
             "<= 65536",
             float(over),
             over <= 65536,
-            f"{report['fetched']} bytes fetched",
+            f"{report['fetched_bytes']} bytes fetched",
             {},
         )
         if tensors > 1000:
