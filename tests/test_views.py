@@ -30,7 +30,7 @@ from tests.models import llama, sharded, single, tensor
 from tests.mounts import Cakefs, needs_fuse, write_config
 from tests.shelf import LLAMA, Shelf, qwen_4bit
 from tests.shelf import llama as llama_shapes
-from tests.test_loaders import python
+from tests.test_loaders import offline
 
 WEIGHTS = "model.safetensors"
 Tensors = Mapping[str, NDArray[Any]]
@@ -488,18 +488,18 @@ def test_repeated_layers_are_coloured_on_a_terminal_only(views: Views) -> None:
 
 # --- loaders --------------------------------------------------------------------------------------------------------
 
-MAKE = """
-import sys, torch, transformers
+# One process for all: importing transformers takes longer than anything that is tested here.
+COMPARE = """
+import copy, json, sys, torch, transformers
+made = sys.argv[1]
 sizes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=300)
 for family, kind, more in (("llama", "single", {}), ("qwen3", "sharded", {"head_dim": 16})):
     torch.manual_seed(7)
     config = transformers.AutoConfig.for_model(family, num_hidden_layers=4, **sizes, **more)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.save_pretrained(f"{sys.argv[1]}/{family}", max_shard_size="5GB" if kind == "single" else "100KB")
-"""
-COMPARE = """
-import copy, json, sys, torch, transformers
-made, mounted, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    model.save_pretrained(f"{made}/{family}", max_shard_size="5GB" if kind == "single" else "100KB")
+print("made", flush=True)
+mounted, cases = json.loads(input())
 load = transformers.AutoModelForCausalLM.from_pretrained
 for name, (family, layers) in cases.items():
     served, stack = load(f"{mounted}/{name}"), load(f"{made}/{family}")
@@ -524,21 +524,25 @@ print("logits equal")
 def test_served_views_load_in_transformers_with_the_logits_of_a_stack_in_memory(views: Views, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    made = tmp_path / "made"
-    python(MAKE, made)
-    cases = {}
-    for family in ("llama", "qwen3"):
-        views.hub.add_repo(f"acme/{family}", made / family)
-        views.call("add", f"acme/{family}")
-        whole = ("--renumber", "--with-embeddings", "--with-head")
-        views.call("slice", f"acme/{family}", "--layers", "1-2", *whole, "--as", f"{family}-slice")
-        views.call("merge", f"acme/{family}", "--repeat-map", "0,1,2,1,2,3", "--as", f"{family}-merge")
-        views.call("merge", f"{family}-merge", "--repeat-map", "0,4,5", "--as", f"{family}-again")
-        cases |= {
-            f"{family}-slice": (family, [1, 2]),
-            f"{family}-merge": (family, [0, 1, 2, 1, 2, 3]),
-            f"{family}-again": (family, [0, 2, 3]),
-        }
-    assert (made / "qwen3/model.safetensors.index.json").exists()
-    with views.mounted() as mountpoint:
-        assert "logits equal" in python(COMPARE, made, mountpoint, json.dumps(cases))
+    made, log = tmp_path / "made", tmp_path / "loader.log"
+    command = [sys.executable, "-W", "ignore", "-c", COMPARE, str(made)]
+    cases: dict[str, tuple[str, list[int]]] = {}
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=offline(), text=True
+        ) as loader,
+    ):
+        assert loader.stdin is not None and loader.stdout is not None
+        assert loader.stdout.readline() == "made\n", log.read_text()
+        for family in ("llama", "qwen3"):
+            views.hub.add_repo(f"acme/{family}", made / family)
+            views.call("add", f"acme/{family}")
+            whole = ("--renumber", "--with-embeddings", "--with-head")
+            views.call("slice", f"acme/{family}", "--layers", "1-2", *whole, "--as", f"{family}-slice")
+            views.call("merge", f"acme/{family}", "--repeat-map", "0,1,2,1,2,3", "--as", f"{family}-merge")
+            cases |= {f"{family}-slice": (family, [1, 2]), f"{family}-merge": (family, [0, 1, 2, 1, 2, 3])}
+        assert (made / "qwen3/model.safetensors.index.json").exists()
+        with views.mounted() as mountpoint:
+            said, _ = loader.communicate(json.dumps([str(mountpoint), cases]) + "\n", timeout=250)
+        assert said == "logits equal\n", log.read_text()

@@ -26,16 +26,19 @@ def run(args: argparse.Namespace, out: Out) -> int:
     from cakefs.engine import survey
 
     results = {}
+    views: set[str] = set()  # slices and merges
     with survey.open_store(config_of(args).store) as store:
         for name in [args.model] if args.model else sorted(store.catalog.models()):
-            results[name] = _verify(store, survey.find_model(store, name), args.repair, out)
+            manifest = survey.find_model(store, name)
+            results[name] = _verify(store, manifest, args.repair, out)
+            views |= {name} if manifest.stack else set()
             if not args.json:
                 _report(name, results[name], out)
     if args.json:
         out.json({name: result._asdict() for name, result in results.items()})
     for name, result in results.items():
         if result.lost and args.repair:
-            out.hint(f"cakefs add {name} stores its header anew")
+            out.hint(f"make {name} again, as before" if name in views else f"cakefs add {name} stores its header anew")
         elif result.bad and not args.repair:
             out.hint(f"cakefs verify {name} --repair drops what is bad, to be fetched again")
     unrepaired = any(result.lost or (result.bad and not args.repair) for result in results.values())
