@@ -16,7 +16,7 @@ from cakefs.engine.read import Reading
 from cakefs.engine.sources import HubSource, UrlSource, list_source
 from cakefs.engine.survey import find_model
 from cakefs.engine.tasks import open_flat_nursery
-from cakefs.model import Manifest, View
+from cakefs.model import Manifest
 from cakefs.remotes.http import HttpRemote
 from cakefs.remotes.wrap import Limit, Log, Retry
 from cakefs.store.store import Store
@@ -106,7 +106,3 @@ def raise_fd_limit() -> None:
     wanted = FD_WANTED if hard == resource.RLIM_INFINITY else min(FD_WANTED, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-
-
-def shown_files(manifest: Manifest) -> int:
-    return len(manifest.shown(View.MODEL))

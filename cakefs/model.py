@@ -60,7 +60,8 @@ class Locator(Struct, frozen=True, array_like=True):
     Attributes:
         url: Pinned to a commit where the server has such; redirects are followed at fetch time.
         size: Of the whole upstream file, in bytes; every answer is checked against it.
-        validator: Strong ETag the bytes must come with, or empty when the URL itself is immutable.
+        validator: Strong ETag that the bytes must come with, or `modified ` and the Last-Modified date; empty when the
+            URL itself is immutable.
     """
 
     url: str

@@ -102,6 +102,7 @@ LAXER = {  # than llama.cpp, which has to know the type
 }
 
 STRICTER = {  # than llama.cpp
+    "alignment of 2 GiB": (make([ALIGN + u32(2**31)]), "alignment 2147483648 is not"),
     "key is no UTF-8": (make([pair(b"\xff", U8, b"\0")]), "utf-8"),
     "name is no UTF-8": (make([], [info(b"\xff", [8])], 32), "utf-8"),
     "name is a lone surrogate": (make([], [info(b"\xed\xa0\x80", [8])], 32), "utf-8"),
@@ -149,7 +150,7 @@ REFUSED = {
     "alignment of 64 bits": (make([pair("general.alignment", U64, u64(32))]), "general.alignment is not"),
     "alignment as array": (make([array("general.alignment", U32, 1, u32(32))]), "general.alignment is not"),
     "alignment past the end": (
-        make([ALIGN + u32(2**31)], [info("a", [8])], 32), "ends before its first tensor"
+        make([ALIGN + u32(2**16)], [info("a", [8])], 32), "ends before its first tensor"
     ),
     "tensor twice": (make([], [info("a", [8]), info("a", [8], 0, 32)], 64), "'a' is there twice"),
     "name of 64 bytes": (make([], [info("n" * 64, [8])], 32), "name of a tensor of 64 bytes"),

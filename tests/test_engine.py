@@ -15,7 +15,8 @@ from cakefs.config import Config
 from cakefs.engine import jobs
 from cakefs.engine.library import Library
 from cakefs.engine.sources import default_name, parse_source
-from cakefs.errors import InvalidFormat, RemoteUnavailable
+from cakefs.engine.survey import Shown, is_verified
+from cakefs.errors import InvalidFormat, RemoteChanged, RemoteUnavailable
 from cakefs.model import CHUNK, View
 from tests.hub import Hub
 from tests.models import CONFIG, llama, sharded, single, tensor
@@ -282,3 +283,44 @@ def test_a_full_store_serves_and_does_not_keep(hub: Hub, tmp_path: Path) -> None
         run(hub, store, body, readahead=False)
     finally:
         subprocess.run(["umount", "-l", store], check=True)
+
+
+@pytest.mark.parametrize("etag", ["", 'W/"v1"', '"v1"'])
+def test_two_versions_of_a_plain_file_are_never_mixed(hub: Hub, tmp_path: Path, etag: str) -> None:
+    one, other = single(big(4)), single({name: -value for name, value in big(4).items()})  # type: ignore[operator]
+    url = hub.plain("dir/model.safetensors", one, etag=etag)
+
+    async def body(app: App) -> None:
+        await add(app, url, "plain")
+        async with app.library() as library:
+            manifest_id = library.names()["plain"]
+            reader = library.open(manifest_id, library.manifest(manifest_id).shown(View.MODEL)["model.safetensors"])
+            place = len(one) - 100
+            assert bytes(await reader.read(place, 100)) == one[place:]
+            hub.plain("dir/model.safetensors", other, etag=etag.replace("1", "2"), modified=1_780_000_000.0)
+            with pytest.raises(RemoteChanged, match="changed upstream"):
+                await reader.read(0, len(one))
+
+    run(hub, tmp_path / "store", body, readahead=False)
+
+
+def test_a_server_that_dates_nothing_is_refused(hub: Hub, tmp_path: Path) -> None:
+    url = hub.plain("dir/model.safetensors", single(big()), etag="", modified=None)
+
+    async def body(app: App) -> None:
+        with pytest.raises(InvalidFormat, match="neither ETag nor Last-Modified"):
+            await add(app, url, "plain")
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_a_model_with_an_empty_tensor_becomes_complete(hub: Hub, tmp_path: Path) -> None:
+    hub.add_repo("org/name", {"model.safetensors": single(llama() | {"empty": tensor(1, 0, 5)})})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        manifest = app.model("org/name")
+        await jobs.pull(app.store, app.fetcher, manifest, manifest.files, lambda _: None)
+        assert is_verified(app.store, manifest, Shown(manifest))
+
+    run(hub, tmp_path / "store", body)

@@ -264,7 +264,7 @@ def _read(header: Header, key: str) -> Scalar | Sequence[Scalar]:
     ("fields", "tensors", "reason"),
     [
         ({"": encode(Kind.U8, 1)}, [], "a key is empty"),
-        ({"general.alignment": encode(Kind.U32, 12)}, [], "power of two"),
+        ({"general.alignment": encode(Kind.U32, 12)}, [], "power of two up to"),
         ({"general.alignment": encode(Kind.U64, 32)}, [], "32 bits"),
         ({}, [TensorSpec("a", 0, (8,), 32), TensorSpec("a", 0, (8,), 32)], "'a' is there twice"),
         ({}, [TensorSpec("a", 0, (8,), 31)], "takes 32 bytes, not 31"),

@@ -130,6 +130,13 @@ def test_a_merged_file_is_padded_as_its_own_header_says(alignment: int | None) -
     ]  # fmt: skip
 
 
+def test_a_strange_alignment_costs_few_bytes() -> None:
+    merge = Merge(split([range(1, 40), range(40, 80)], 1 << 16))
+    header, *zeros = sorted(merge.literals.values(), key=len, reverse=True)
+    assert len(header) == 1 << 16 and len(zeros) <= 16 and sum(map(len, zeros)) < 1 << 16
+    assert merge.file.size == 80 << 16 == len(merge.read())
+
+
 def test_nothing_but_zeros_pads_a_merged_file() -> None:
     files = split([[5], [6]])
     first = next(iter(files))

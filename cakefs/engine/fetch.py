@@ -263,7 +263,7 @@ class Fetcher:
         running = Counter(job.identity for worker in self._workers for job in worker.jobs.values())
         slots = self._settings.connections * len(self._workers)
         most, free = max(1, slots - DEMAND_RESERVE), slots - running.total()
-        share = 99 if free > 0 else 0
+        share = most if free > 0 else 1 if free > -SPARE_CONNECTIONS else 0
         demand, ahead = ((f for f in queue if running[f.job.identity] < share) for queue in self._queues)
         flight = next(demand, None)
         if flight is None and free > 0 and self._running_ahead < most:

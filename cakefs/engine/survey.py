@@ -123,6 +123,8 @@ class Shown:
                 if isinstance(segment, Literal):
                     self.literal_bytes += segment.size
                 for extent in leaves(segment):
+                    if not extent.size:
+                        continue  # An empty tensor is never stored.
                     sizes[extent.span] = sizes.get(extent.span, 0) + extent.size
         self.sources = {manifest.spans[span].source for span in sizes}
         self.spans: dict[SpanKey, int] = {}

@@ -4,7 +4,7 @@ A file is magic, version, counts, key-value pairs, tensor infos, padding to `gen
 order of their infos, each padded. The verdict is that of llama.cpp's own reader, with these differences:
 
 - stricter: a key or tensor name that is no UTF-8; a tensor that the file is too short for; a header of more than
-  64 MiB, 100,000 keys or 250,000 tensors; a key of more than 64 KiB;
+  64 MiB, 100,000 keys or 250,000 tensors; a key or an alignment of more than 64 KiB;
 - laxer: a tensor of a type that we do not know, whose size is the distance to the next tensor. New types appear more
   often than cakefs does, and serving bytes takes no knowledge of them.
 
@@ -33,6 +33,7 @@ VERSION = 3
 _MAX_FIELDS = 100_000
 _MAX_TENSORS = 250_000
 _MAX_KEY = 64 * KIB
+_MAX_ALIGNMENT = 64 * KIB
 _MAX_NAME = 63
 _MIN_FIELD = 8 + 1 + 4 + 1
 _MIN_TENSOR = 8 + 4 + 4 + 8
@@ -346,9 +347,9 @@ def _check_version(magic: bytes, version: int, data: bytes) -> None:
 
 
 def checked_alignment(value: int) -> int:
-    """Raises ValueError unless it is a power of two."""
-    if value <= 0 or value & (value - 1):
-        raise ValueError(f"alignment {value} is not a power of two")
+    """Raises ValueError unless it is a power of two, and no larger than a page ever is."""
+    if value <= 0 or value & (value - 1) or value > _MAX_ALIGNMENT:
+        raise ValueError(f"alignment {value} is not a power of two up to {_MAX_ALIGNMENT}")
     return value
 
 

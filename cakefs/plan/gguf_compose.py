@@ -83,10 +83,12 @@ def merged_file(path: str, parts: Sequence[Part], view: View, put_literal: Calla
     zeros: dict[int, Literal] = {}
     for (tensor, extent), padding in zip(tensors, layout.paddings, strict=True):
         segments.append(Extent(extent.span, extent.start, extent.start + tensor.size))
-        if padding:
-            if padding not in zeros:
-                zeros[padding] = Literal(put_literal(bytes(padding)), padding)
-            segments.append(zeros[padding])
+        while padding:  # by powers of two, so that few literals do whatever a strange alignment asks for
+            size = 1 << padding.bit_length() - 1
+            if size not in zeros:
+                zeros[size] = Literal(put_literal(bytes(size)), size)
+            segments.append(zeros[size])
+            padding -= size
     return File(path, layout.size, view, tuple(segments))
 
 

@@ -25,6 +25,7 @@ _PORTS = {"http": 80, "https": 443}
 _RETRYABLE = frozenset([408, 425, 429])
 
 CHANGED_HINT = "`cakefs add --update` takes the new version"
+MODIFIED = "modified "  # Begins a validator that is a Last-Modified date: of a server without strong ETags.
 
 
 def origin(url: str | httpx.URL) -> Origin:
@@ -132,8 +133,7 @@ def check_head(response: httpx.Response, locator: Locator, span: ByteRange) -> N
     whole = span == (0, locator.size)
     if size is not None and size != locator.size and (whole or response.status_code == 206):
         raise RemoteChanged(f"{what} changed upstream: {size} bytes instead of {locator.size}", hint=CHANGED_HINT)
-    if locator.validator and strong_etag(response.headers) != locator.validator:
-        raise RemoteChanged(f"{what} changed upstream: its ETag is another one", hint=CHANGED_HINT)
+    _check_validator(response.headers, locator.validator, what)
     if response.status_code == 200:
         if not whole:
             raise RemoteUnavailable(f"{host_of(response.url)} ignored the range asked of {what}")
@@ -142,6 +142,14 @@ def check_head(response: httpx.Response, locator: Locator, span: ByteRange) -> N
         raise RemoteUnavailable(f"{host_of(response.url)} sent another range of {what}: {one_line(said)}")
     if length is not None and length != span.size:
         raise RemoteUnavailable(f"{host_of(response.url)} announced {length} bytes of {what} instead of {span.size}")
+
+
+def _check_validator(headers: httpx.Headers, validator: str, what: str) -> None:
+    if validator.startswith(MODIFIED):
+        if headers.get("last-modified", "") != validator.removeprefix(MODIFIED):
+            raise RemoteChanged(f"{what} changed upstream: its Last-Modified is another one", hint=CHANGED_HINT)
+    elif validator and strong_etag(headers) != validator:
+        raise RemoteChanged(f"{what} changed upstream: its ETag is another one", hint=CHANGED_HINT)
 
 
 def refusal(response: httpx.Response, body: bytes, what: str, secrets: Iterable[str]) -> CakeError:

@@ -17,7 +17,7 @@ import trio
 from cakefs.errors import CakeError, InvalidFormat, NotFound, RemoteUnavailable, UserError
 from cakefs.formats.sharded import INDEX_LIMIT, index_target, parse_index
 from cakefs.model import Listing, Published, is_safe_path
-from cakefs.remotes.answers import Origin, host_of, origin, shown
+from cakefs.remotes.answers import MODIFIED, Origin, host_of, origin, shown
 from cakefs.remotes.base import make_listing
 from cakefs.remotes.http import HttpRemote, Probe
 
@@ -103,16 +103,26 @@ async def _publish(url: str, path: str, http: HttpRemote, trusted: Container[Ori
     """The commit, if the server knows such, and the file under its best name."""
     probe = await http.probe(url)
     if not probe.ranges:
-        hint = "download the file and add it from disk"
+        hint = "put it on a server that answers Range requests"
         raise InvalidFormat(f"{host_of(url)} does not serve parts of {shown(url)}", hint=hint)
     commit = probe.commit if re.fullmatch("[0-9a-f]{40}", probe.commit) else ""
     if commit:
         url = re.sub(r"/resolve/[^/]+/", f"/resolve/{commit}/", url, count=1)
     if not (commit and re.fullmatch("[0-9a-f]{64}", probe.linked_etag)):
-        return commit, Published(path, probe.size, _identity(url, probe), url, validator=probe.etag)
+        return commit, Published(path, probe.size, _identity(url, probe), url, validator=_validator(url, probe, commit))
     sha256 = f"sha256:{probe.linked_etag}"
     identity = sha256 if origin(url) in trusted else f"etag:{url}|{sha256}"
     return commit, Published(path, probe.size, identity, url, probe.linked_etag)
+
+
+def _validator(url: str, probe: Probe, commit: str) -> str:
+    """What must not change between two ranges of one file; without any, ranges of two versions could be mixed."""
+    if probe.etag or commit or not probe.size:
+        return probe.etag
+    if not probe.modified:
+        hint = "a change between two reads could not be noticed; serve it with an ETag"
+        raise InvalidFormat(f"{host_of(url)} sends neither ETag nor Last-Modified with {shown(url)}", hint=hint)
+    return MODIFIED + probe.modified
 
 
 def _identity(url: str, probe: Probe) -> str:

@@ -28,7 +28,7 @@ class Plain:
     content: Content
     etag: str
     ranges: bool
-    modified: float
+    modified: float | None
 
 
 class Links:
@@ -94,7 +94,7 @@ class Cdn:
         file = self.plain.get(path)
         if file is None:
             return data_answer(404, b"not found\n", "text/plain")
-        headers = {"Last-Modified": formatdate(file.modified, usegmt=True)}
+        headers = {} if file.modified is None else {"Last-Modified": formatdate(file.modified, usegmt=True)}
         if file.etag:
             headers["ETag"] = file.etag
         return file_answer(incoming, file.content, headers, file.ranges)

@@ -93,7 +93,7 @@ class Hub:
         *,
         etag: str | None = None,
         ranges: bool = True,
-        modified: float = 1_767_225_600.0,
+        modified: float | None = 1_767_225_600.0,
     ) -> str:
         """Serves a file as a plain web server would, and returns its URL; again with other bytes = changed upstream.
 
