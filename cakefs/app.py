@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
+import trio
+
 from cakefs.config import Config
 from cakefs.engine.fetch import Fetcher
 from cakefs.engine.index import Added, Indexer
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 FD_RESERVE = 256  # Descriptors left for sockets, LMDB, pipes and the kernel's handles.
 FD_WANTED = 16384  # Soft limit asked for; open contents are closed, least recently used first, beyond it.
+TOKEN_S = 2.0  # Between looks at the token file.
 ADD_CONNECTIONS = 16  # Headers and small files are latency, not bandwidth.
 
 
@@ -43,9 +46,21 @@ class App:
         """The models as a mount sees them; holds a lease on what it has shown while it is open."""
         library = Library(self.store, self.reading)
         try:
-            yield library
+            async with open_flat_nursery() as nursery:
+                nursery.start_soon(library.watch)
+                if not self.config.offline:
+                    nursery.start_soon(self._watch_token)
+                yield library
+                nursery.cancel_scope.cancel()
         finally:
             library.close()
+
+    async def _watch_token(self) -> None:
+        """A login after `cakefs mount` reaches the mount."""
+        while True:
+            await trio.sleep(TOKEN_S)
+            self._token = hub_token()
+            self.fetcher.use_tokens(tokens_for(self.config, self._token))
 
     async def add(self, source: HubSource | UrlSource, name: str, *, update: bool = False) -> Added:
         """Lists a source, reads its headers and small files, and stores it under a name.

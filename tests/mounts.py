@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -59,8 +60,12 @@ class Cakefs:
         try:
             yield self.mountpoint
         finally:
-            if self.status_or_none() is not None:
-                self.run("umount", str(self.mountpoint))
+            status = self.status_or_none()
+            if status is not None:
+                done = self.run("umount", str(self.mountpoint), check=False)
+                if done.returncode:
+                    os.kill(status["pid"], signal.SIGTERM)  # Ends a mount in use, too; the test has failed already.
+                assert not done.returncode, done.stderr
             else:
                 subprocess.run(["fusermount3", "-uz", str(self.mountpoint)], capture_output=True)
         assert "Traceback" not in self.log(), self.log()

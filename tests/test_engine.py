@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from cakefs.app import App, open_app
+from cakefs.app import TOKEN_S, App, open_app
 from cakefs.config import Config
 from cakefs.engine import jobs
-from cakefs.engine.library import Library
+from cakefs.engine.library import LET_GO_S, Library
 from cakefs.engine.sources import default_name, parse_source
 from cakefs.engine.survey import Shown, is_verified
-from cakefs.errors import InvalidFormat, RemoteChanged, RemoteUnavailable
+from cakefs.errors import AccessDenied, InvalidFormat, RemoteChanged, RemoteUnavailable
 from cakefs.model import CHUNK, View
 from tests.hub import Hub
 from tests.models import CONFIG, llama, sharded, single, tensor
@@ -324,3 +324,45 @@ def test_a_model_with_an_empty_tensor_becomes_complete(hub: Hub, tmp_path: Path)
         assert is_verified(app.store, manifest, Shown(manifest))
 
     run(hub, tmp_path / "store", body)
+
+
+def test_a_removed_model_is_let_go_once_nothing_of_it_is_open(hub: Hub, tmp_path: Path) -> None:
+    published = single(big())
+    hub.add_repo("org/name", {"model.safetensors": published})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        async with app.library() as library:
+            manifest_id = library.names()["org/name"]
+            reader = library.open(manifest_id, library.manifest(manifest_id).shown(View.MODEL)["model.safetensors"])
+            await reader.read(0, len(published))
+            app.store.catalog.remove_model("org/name")
+            await trio.sleep(2.5 * LET_GO_S)
+            assert jobs.gc_plan(app.store).blobs == {}
+            assert bytes(await reader.read(0, len(published))) == published
+            reader.close()
+            await trio.sleep(2.5 * LET_GO_S)
+        assert jobs.collect(app.store).bytes > len(published) // 2
+
+    run(hub, tmp_path / "store", body)
+
+
+def test_a_login_after_the_mount_reaches_it(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = single(big())
+    hub.add_repo("org/gated", {"model.safetensors": published}, gated=True, token="hf_mine")
+
+    async def logged_in(app: App) -> None:
+        await add(app, "org/gated")
+
+    async def mounted(app: App) -> None:
+        async with app.library() as library:
+            with pytest.raises(AccessDenied, match="org/gated"):
+                await read_file(library, "org/gated", "model.safetensors")
+            monkeypatch.setenv("HF_TOKEN", "hf_mine")
+            await trio.sleep(2 * TOKEN_S)
+            assert await read_file(library, "org/gated", "model.safetensors") == published
+
+    monkeypatch.setenv("HF_TOKEN", "hf_mine")
+    run(hub, tmp_path / "store", logged_in)
+    monkeypatch.delenv("HF_TOKEN")
+    run(hub, tmp_path / "store", mounted)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,31 @@ def test_readahead_is_raised_for_root(mount: FakeMount) -> None:
     assert Path(f"/sys/class/bdi/{found.device}/read_ahead_kb").read_text() == "1024\n"
     (mount.path / "org/m/big").read_bytes()
     assert mount.status()["mount"]["reads"] <= 4, "requests of 1 MiB, not of 128 KiB"
+
+
+@contextmanager
+def control_files() -> Iterator[Path]:
+    """Where the kernel lets the limits of FUSE connections be changed; systemd mounts it, containers often have not."""
+    place = Path("/sys/fs/fuse/connections")
+    absent = not os.path.ismount(place)
+    if absent and subprocess.run(["mount", "-t", "fusectl", "none", place], check=False).returncode:
+        pytest.skip("fusectl cannot be mounted")
+    try:
+        yield place
+    finally:
+        if absent:
+            subprocess.run(["umount", place], check=True)
+
+
+@needs_mount
+@needs_root
+def test_the_kernel_may_read_ahead_of_many_at_once(mount: FakeMount) -> None:
+    """Else a few readers of one file that stalls make all others wait."""
+    with control_files() as control:
+        mount.start()
+        found = cakefs_at(canonical(mount.path))
+        assert found is not None
+        assert (control / found.device.partition(":")[2] / "max_background").read_text() == "128\n"
 
 
 @needs_mount

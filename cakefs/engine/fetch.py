@@ -10,6 +10,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 
+import msgspec
 import trio
 
 from cakefs.engine.messages import (
@@ -123,6 +124,13 @@ class Fetcher:
             self._nursery = nursery
             task_status.started()
             await trio.sleep_forever()
+
+    def use_tokens(self, tokens: dict[str, str]) -> None:
+        """The user logged in, or out: the transfers to come are made with these."""
+        if tokens != self._settings.tokens:
+            self._settings = msgspec.structs.replace(self._settings, tokens=tokens)
+            for worker in self._workers:
+                worker.use(self._settings)
 
     def start(self) -> None:
         """Starts the transfer processes now rather than with the first job (0.5 s of imports)."""
@@ -255,7 +263,7 @@ class Fetcher:
             flight.queued = False
             self._running_ahead += flight.priority is Priority.AHEAD
             self.counters.flights += 1
-            min(self._workers, key=lambda w: len(w.jobs)).submit(flight.job)
+            min(self._workers, key=lambda w: (not w.alive, len(w.jobs))).submit(flight.job)
 
     def _next(self) -> Flight | None:
         """Demand first. No file gets all connections, and one with a waiting reader gets its first beyond them if need

@@ -3,8 +3,11 @@
 import logging
 import os
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping
+from functools import partial
+
+import trio
 
 from cakefs.engine.read import FileReader, OpenFile, Reading
 from cakefs.errors import StoreFull
@@ -15,6 +18,7 @@ from cakefs.store.store import Store
 log = logging.getLogger(__name__)
 
 OPEN_FILES = 64  # Prepared files kept after their last handle: disk offload opens one 480 times per forward pass.
+LET_GO_S = 2.0  # Between looks for models that were removed: how long gc may have to wait for a mount.
 MANIFESTS = 64  # Decoded manifests kept: 35 MB for 90,000 tensors, a few KB for most.
 
 
@@ -31,6 +35,7 @@ class Library:
         self._files: OrderedDict[tuple[str, str, str], OpenFile] = OrderedDict()
         self._lease = _lease(store)
         self._held: set[str] = set()
+        self._handles: Counter[str] = Counter()  # open files, by manifest
         self._started = time.time()
 
     def generation(self) -> int:
@@ -38,6 +43,24 @@ class Library:
 
     def names(self) -> dict[str, str]:
         return {name: record.manifest for name, record in self._store.catalog.models().items()}
+
+    async def watch(self) -> None:
+        """Lets go, for ever, of what was removed and is not open any more, so that gc may free it."""
+        seen: int | None = None
+        while True:
+            generation = self.generation()
+            if generation != seen or self._held:
+                self._let_go(set(self.names().values()))
+            seen = generation
+            await trio.sleep(LET_GO_S)
+
+    def _let_go(self, named: set[str]) -> None:
+        for manifest_id in [m for m in self._held if m not in named and not self._handles[m]]:
+            self._held.discard(manifest_id)
+            self._lease.release(manifest_id)
+            self._manifests.pop(manifest_id, None)
+            for key in [k for k in self._files if k[0] == manifest_id]:
+                del self._files[key]
 
     def manifest(self, manifest_id: str) -> Manifest:
         manifest = self._manifests.get(manifest_id)
@@ -63,7 +86,13 @@ class Library:
                 self._files.popitem(last=False)
         else:
             self._files.move_to_end(key)
-        return FileReader(self._reading, opened)
+        self._handles[manifest_id] += 1
+        return FileReader(self._reading, opened, partial(self._closed, manifest_id))
+
+    def _closed(self, manifest_id: str) -> None:
+        self._handles[manifest_id] -= 1
+        if not self._handles[manifest_id]:
+            del self._handles[manifest_id]
 
     async def refuted(self) -> str:
         identity = await self._reading.refuted.receive()
@@ -110,11 +139,11 @@ class Library:
         self._lease.close()
 
     def _hold(self, manifest_id: str) -> None:
-        """What the kernel was told of stays readable: no other process collects it while we live."""
+        """What is named or open stays readable: no other process collects it."""
         if manifest_id not in self._held:
-            self._held.add(manifest_id)
             try:
                 self._lease.hold(manifest_id)
+                self._held.add(manifest_id)
             except StoreFull as error:
                 log.warning(UNHELD, error.message)
 

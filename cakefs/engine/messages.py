@@ -15,7 +15,7 @@ from cakefs.model import CHUNK, Locator, SpanKey
 
 
 class Settings(Struct, frozen=True, tag=True):
-    """First message to a transfer process. Tokens travel here, never in argv or the environment."""
+    """First message to a transfer process, sent again with other tokens: these are never in argv or the environment."""
 
     store: str
     tokens: dict[str, str]

@@ -7,6 +7,7 @@ bisect, a dict look-up and one preadv into a buffer that is used again for the n
 
 import math
 from array import array
+from collections.abc import Callable
 from typing import NamedTuple
 
 import trio
@@ -124,9 +125,10 @@ class OpenFile:
 class FileReader:
     """An open handle. `size` is the size of the file in bytes."""
 
-    def __init__(self, shared: Reading, file: OpenFile) -> None:
+    def __init__(self, shared: Reading, file: OpenFile, on_close: Callable[[], None]) -> None:
         self._shared = shared
         self._file = file
+        self._on_close = on_close
         self.size = file.layout.size
 
     def try_read(self, offset: int, size: int) -> memoryview | None:
@@ -167,7 +169,8 @@ class FileReader:
         return buffer
 
     def close(self) -> None:
-        """Nothing is held by a handle alone."""
+        """Once for each reader: what nobody has open may be let go."""
+        self._on_close()
 
     async def _read(self, offset: int, stop: int) -> memoryview:
         for _ in range(ROUNDS):

@@ -99,6 +99,10 @@ class Worker:
         self._work = trio.Event()
         self._flushing = False
 
+    def use(self, remote: Remote) -> None:
+        """For the jobs to come; those under way keep what they have."""
+        self._remote = remote
+
     async def fetch(self, job: FetchJob) -> None:
         self._fetching += 1
         try:
@@ -231,9 +235,12 @@ async def _serve() -> None:
             async for data in reader:
                 for body in unframer.feed(data):
                     request = decoder.decode(body)
-                    if isinstance(request, Settings):
-                        worker = _build(request, outbox.send_nowait)
+                    if isinstance(request, Settings) and worker is None:
+                        store = Store.open(Path(request.store), create=False)
+                        worker = Worker(store, _remote(request), outbox.send_nowait)
                         nursery.start_soon(worker.seal_forever)
+                    elif worker is not None and isinstance(request, Settings):
+                        worker.use(_remote(request))
                     elif worker is not None and isinstance(request, FetchJob):
                         nursery.start_soon(worker.fetch, request)
                     elif worker is not None and isinstance(request, Look):
@@ -248,11 +255,9 @@ async def _serve() -> None:
             await worker.seal_pending()
 
 
-def _build(settings: Settings, report: Callable[[Report], None]) -> Worker:
-    store = Store.open(Path(settings.store), create=False)
+def _remote(settings: Settings) -> Remote:
     http = HttpRemote(tokens=settings.tokens)
-    remote = Retry(Limit(Log(http), settings.connections + SPARE_CONNECTIONS), budget_s=settings.read_timeout_s)
-    return Worker(store, remote, report)
+    return Retry(Limit(Log(http), settings.connections + SPARE_CONNECTIONS), budget_s=settings.read_timeout_s)
 
 
 def main() -> None:

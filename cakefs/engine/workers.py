@@ -37,6 +37,12 @@ class WorkerProcess:
         self._to_send, self._outbox = trio.open_memory_channel[Request](math.inf)
         self.jobs: dict[int, FetchJob] = {}
         self.pid: int | None = None
+        self.alive = False
+
+    def use(self, settings: Settings) -> None:
+        self._settings = settings
+        if self.alive:
+            self._to_send.send_nowait(settings)
 
     def submit(self, job: FetchJob) -> None:
         self.jobs[job.id] = job
@@ -53,6 +59,7 @@ class WorkerProcess:
         delay = RESTART_DELAY_S
         while True:
             useful = await self._run_one()
+            self.alive = False
             delay = RESTART_DELAY_S if useful else min(2 * delay, RESTART_DELAY_LIMIT_S)
             lost, self.jobs = list(self.jobs.values()), {}
             self._to_send.close()
@@ -66,7 +73,7 @@ class WorkerProcess:
         outbox = self._outbox
         command = python_command("cakefs.engine.worker")
         process = await trio.lowlevel.open_process(command, stdin=-1, stdout=-1, env=import_environment())
-        self.pid = process.pid
+        self.pid, self.alive = process.pid, True
         assert process.stdin is not None and process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
         useful = False
