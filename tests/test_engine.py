@@ -16,7 +16,7 @@ from cakefs.engine import jobs
 from cakefs.engine.library import LET_GO_S, Library
 from cakefs.engine.sources import default_name, parse_source
 from cakefs.engine.survey import Shown, is_verified
-from cakefs.errors import AccessDenied, InvalidFormat, RemoteChanged, RemoteUnavailable
+from cakefs.errors import AccessDenied, InvalidFormat, RemoteChanged, RemoteUnavailable, UserError
 from cakefs.model import CHUNK, View
 from tests.hub import Hub
 from tests.models import CONFIG, llama, sharded, single, tensor
@@ -366,3 +366,17 @@ def test_a_login_after_the_mount_reaches_it(hub: Hub, tmp_path: Path, monkeypatc
     run(hub, tmp_path / "store", logged_in)
     monkeypatch.delenv("HF_TOKEN")
     run(hub, tmp_path / "store", mounted)
+
+
+@pytest.mark.parametrize("name", ["org/name/config.json", "org/name/model.safetensors/x"])
+def test_a_name_that_a_file_of_another_model_would_hide_is_refused(hub: Hub, tmp_path: Path, name: str) -> None:
+    hub.add_repo("org/name", {"model.safetensors": single(llama()), "config.json": CONFIG})
+    hub.add_repo("org/other", {"model.safetensors": single(llama())})
+
+    async def body(app: App) -> None:
+        await add(app, "org/name")
+        with pytest.raises(UserError, match="would be hidden by a file of org/name"):
+            await add(app, "org/other", name)
+        assert set(app.store.catalog.models()) == {"org/name"}
+
+    run(hub, tmp_path / "store", body)

@@ -109,6 +109,7 @@ class Indexer:
                 manifest, changed = old, False
             elif not update:
                 raise _taken(old, manifest)
+        check_place(self._store, manifest)
         manifest_id = before.manifest if before and not changed else catalog.put_model(manifest)
         shown = Shown(manifest)
         local = shown.local_bytes(Local.of_model(self._store, manifest))
@@ -216,10 +217,23 @@ def _taken(old: Manifest, new: Manifest) -> UserError:
     return UserError(f"{old.name} is already here{at}", hint="--update to follow, or --as NAME to have both")
 
 
+def check_place(store: Store, manifest: Manifest) -> None:
+    """Refuses a name that a file of another model would hide in the mount, or whose files would hide another model."""
+    name, known = manifest.name, store.catalog.models()
+    for other in known:
+        outer, inner = (other, name) if name.startswith(other + "/") else (name, other)
+        if not inner.startswith(outer + "/"):
+            continue
+        files = manifest if outer == name else store.catalog.manifest(known[outer].manifest)
+        first = inner[len(outer) + 1 :].partition("/")[0]
+        if any(path.partition("/")[0] == first for path in files.shown(View.MODEL)):
+            raise UserError(f"{inner} would be hidden by a file of {outer}", hint="choose another --as NAME")
+
+
 def model_name(name: str) -> str:
     """A name to show a model under, checked. Raises UserError."""
     parts = name.split("/")
-    if any(p in ("", ".", "..") or p.startswith(".") or "\0" in p or len(p.encode()) > 200 for p in parts):
+    if any(p in ("", ".", "..") or p.startswith(".") or not p.isprintable() or len(p.encode()) > 200 for p in parts):
         raise UserError(f"bad model name {name!r}", hint="use org/name or a plain word, without a leading dot")
     return name
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from cakefs.engine.index import model_name, same_model
+from cakefs.engine.index import check_place, model_name, same_model
 from cakefs.engine.local import stream
 from cakefs.engine.survey import find_model
 from cakefs.errors import CorruptData, InvalidFormat, NotFound, UserError
@@ -155,7 +155,7 @@ def _make(store: Store, name: str, build: _Build, *, update: bool) -> Made:
 
     with store.guard():
         made = build(_SmallFiles(store), put_literal)
-        _check_place(store, made.manifest)
+        check_place(store, made.manifest)
         before = store.catalog.models().get(name)
         old = _readable(store, before.manifest) if before is not None else None
         if old is not None and same_model(old, made.manifest):
@@ -198,16 +198,3 @@ def _readable(store: Store, manifest_id: str) -> Manifest | None:
         return store.catalog.manifest(manifest_id)
     except (CorruptData, InvalidFormat, NotFound):
         return None
-
-
-def _check_place(store: Store, manifest: Manifest) -> None:
-    """Refuses a name that a file of another model would hide in the mount, or whose files would hide another model."""
-    name, known = manifest.name, store.catalog.models()
-    for other in known:
-        outer, inner = (other, name) if name.startswith(other + "/") else (name, other)
-        if not inner.startswith(outer + "/"):
-            continue
-        files = manifest if outer == name else store.catalog.manifest(known[outer].manifest)
-        first = inner[len(outer) + 1 :].partition("/")[0]
-        if any(path.partition("/")[0] == first for path in files.shown(View.MODEL)):
-            raise UserError(f"{inner} would be hidden by a file of {outer}", hint="choose another --as NAME")
