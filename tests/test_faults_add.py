@@ -161,7 +161,7 @@ CASES = {
         "config.json.* published hash",
         "try again",
     ),
-    "server without ranges": Case(plain_without_ranges, InvalidFormat, "does not serve parts of .*REPO", "download"),
+    "server without ranges": Case(plain_without_ranges, InvalidFormat, "does not serve parts of .*REPO", "Range"),
     "index at a URL without its shard": Case(plain_index_without_shard, InvalidFormat, f"{INDEX}.*{FIRST}"),
 }
 
