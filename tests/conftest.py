@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -19,6 +20,10 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from tests.hub import Hub  # noqa: E402
+
+# Whoever runs the tests in the background may have these ignored, and programs that we start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples in every run, however slow the machine is.
 settings.register_profile("cakefs", deadline=None, derandomize=True, database=None)

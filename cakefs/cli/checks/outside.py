@@ -32,15 +32,25 @@ def check_libraries() -> Check:
     except importlib.metadata.PackageNotFoundError:
         return Check("libraries", None, "unknown: cakefs runs from a tree that was not installed", "pip install .")
     names = [re.split(r"[^\w.-]", requirement, maxsplit=1)[0] for requirement in wanted]
-    broken = said_by([sys.executable, "-c", IMPORT, *(name.replace("-", "_") for name in names)])
+    modules = {_module(name): name for name in names}
+    broken = said_by([sys.executable, "-c", IMPORT, *modules])
     if broken:
-        names = [line.partition(":")[0] for line in broken.splitlines()]
-        fix = f"{sys.executable} -m pip install --force-reinstall {' '.join(names)}"
+        wrong = [line.partition(":")[0] for line in broken.splitlines()]
+        packages = " ".join(modules.get(module, module) for module in wrong)
+        fix = f"{sys.executable} -m pip install --force-reinstall {packages}"
         if "libfuse3" in broken:
             fix = "sudo apt-get install --reinstall fuse3"
         return Check("libraries", False, "; ".join(broken.splitlines()), fix)
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
     return Check("libraries", True, f"cakefs {__version__}, Python {platform.python_version()}, {versions}")
+
+
+def _module(package: str) -> str:
+    """What a package is imported as: PyYAML is `yaml`."""
+    provided = importlib.metadata.packages_distributions()
+    found = [m for m, packages in provided.items() if package.lower() in map(str.lower, packages)]
+    usual = package.replace("-", "_").lower()
+    return usual if usual in found or not found else min(found, key=lambda m: m.startswith("_"))
 
 
 def check_token(present: bool) -> Check:
