@@ -265,7 +265,7 @@ def test_library_that_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
     check = check_libraries()
     assert check.ok is False
     assert check.detail == "no_such_thing: No module named 'no_such_thing'"
-    assert check.fix.endswith("--force-reinstall no_such_thing")
+    assert check.fix.endswith("--force-reinstall no-such-thing")
 
 
 def test_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
