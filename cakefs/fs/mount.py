@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 # `hf-mount` as fsname would make transformers read whole files instead of mapping them.
 OPTIONS = frozenset({"fsname=cakefs", "subtype=cakefs", "ro", "default_permissions"})
-# One request of the largest size. With 4096 a fault reads 4 MiB around itself: a walk over tensors fetches in vain.
+# One request of the largest size. The kernel reads this much around a fault (its rule, not measured alone): with 4096
+# a walk over tensors would fetch much in vain.
 READ_AHEAD_KIB = 1024
 # Requests of the kernel's readahead on their way at once. With its 12, three readers of a file that stalls would fill
 # them, and every other file would wait.
