@@ -6,8 +6,8 @@ config directory. The Hub's own variables keep their meaning.
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: Transfer processes beside the serving process.
     connections: Concurrent ranged requests of each of them.
     allow_other: Let other users see the mount (needs user_allow_other in /etc/fuse.conf unless root).
+    on_demand: Add a model of the Hub when its name is looked up in the mount.
+    metrics: Where a mount serves its counters for Prometheus: unix:/path or 127.0.0.1:PORT; empty for nowhere.
+    stop_grace_s: How long a mount that is told to end lets those who read go on.
+    limit: Bytes that the store may take, or text such as "200 GB"; least recently used tensors make room. 0: no limit.
+    hub_cache: The cache of huggingface_hub, where `add` looks first; none is looked at when this is None.
     readahead: Fetch ahead of the reader, as far as its pattern gives reason; off for measurements.
     """
 
@@ -40,6 +45,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     workers: int = 2
     connections: int = 4
     allow_other: bool = False
+    on_demand: bool = True
+    metrics: str = ""
+    stop_grace_s: float = 60.0
+    limit: int = 0
+    hub_cache: Path | None = None
     readahead: bool = True
 
 
@@ -48,12 +58,15 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str] = os.enviro
     values: dict[str, Any] = {
         "store": platformdirs.user_data_path("cakefs"),
         "mountpoint": Path.home() / "models",
+        "hub_cache": hub_cache(environ),
         **_from_file(environ),
         **_from_environment(environ),
         **{name: value for name, value in flags.items() if value is not None},
     }
-    for name in ("store", "mountpoint"):
+    for name in ("store", "mountpoint", "hub_cache"):
         values[name] = Path(os.path.abspath(Path(values[name]).expanduser()))
+    if isinstance(values.get("limit"), str):
+        values["limit"] = parse_size(values["limit"])
     try:
         config = msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
@@ -63,16 +76,28 @@ def load_config(flags: Mapping[str, Any], environ: Mapping[str, str] = os.enviro
     return msgspec.structs.replace(config, endpoint=config.endpoint.rstrip("/"))
 
 
+def parse_size(text: str) -> int:
+    """`200 GB`, `1.5TiB`, `500M`, `1000000`: bytes. Powers of 1000, with an i of 1024. Raises UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgtp]?)(i?)b?\s*", text, re.IGNORECASE)
+    if not match or (match[3] and not match[2]):
+        raise UserError(f"not a size: {text!r}", hint="such as 200 GB, 1.5 TiB or 1000000000")
+    power = " kmgtp".index(match[2].lower() or " ")
+    return int(Decimal(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
 def _from_file(environ: Mapping[str, str]) -> dict[str, Any]:
     named = environ.get("CAKEFS_CONFIG")
     path = Path(named).expanduser() if named else platformdirs.user_config_path("cakefs") / "config.toml"
     try:
-        return tomllib.loads(path.read_text())
+        text = path.read_text()
+        import tomllib  # only for those who have such a file
+
+        return tomllib.loads(text)
     except FileNotFoundError:
         if named:
             raise UserError(f"no such config file: {path}", hint="CAKEFS_CONFIG names it") from None
         return {}
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no TOML
         raise UserError(f"cannot read config file {path}: {error}") from error
 
 
@@ -85,6 +110,17 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     if "HF_HUB_OFFLINE" in environ:
         values["offline"] = environ["HF_HUB_OFFLINE"].upper() in ("1", "TRUE", "YES", "ON")
     return values
+
+
+def hub_cache(environ: Mapping[str, str]) -> Path:
+    """Where huggingface_hub keeps what it downloads, by its own variables; one that names the cache which a mount shows
+    says nothing about that.
+    """
+    named = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE")
+    if named and Path(named).parts[-2:] != (".cakefs", "hub"):
+        return Path(named)
+    base = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(environ.get("HF_HOME") or Path(base, "huggingface")) / "hub"
 
 
 def log_directory() -> Path:

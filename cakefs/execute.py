@@ -11,6 +11,14 @@ def python_command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", module, *arguments]
 
 
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+def child_environment() -> dict[str, str]:
+    """`import_environment` without the Hub's token: our own children are told it in another way, if at all."""
+    return {name: value for name, value in import_environment().items() if name not in TOKENS}
+
+
 def import_environment() -> dict[str, str]:
     """Our environment, in which a source tree that is not installed is found as well."""
     place = str(Path(__file__).resolve().parents[1])

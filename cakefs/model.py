@@ -6,14 +6,16 @@ opaque file), the named *tensors*, and the *files* shown, each a gap-free list o
 HTTP's inclusive form exists only in `remotes/http.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Raw, Struct
 
 from cakefs.errors import InvalidFormat
+
+T = TypeVar("T")
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -60,8 +62,8 @@ class Locator(Struct, frozen=True, array_like=True):
     Attributes:
         url: Pinned to a commit where the server has such; redirects are followed at fetch time.
         size: Of the whole upstream file, in bytes; every answer is checked against it.
-        validator: Strong ETag that the bytes must come with, or `modified ` and the Last-Modified date; empty when the
-            URL itself is immutable.
+        validator: Strong ETag that the bytes must come with, or `modified ` and the Last-Modified date, or of a `file:`
+            URL `mtime ` and nanoseconds; empty when the URL itself is immutable.
     """
 
     url: str
@@ -109,12 +111,13 @@ class Published(Struct, frozen=True):
 
 
 class Listing(Struct, frozen=True):
-    """What a remote says one model consists of; `origin`, `revision` and `requested` as in `Manifest`."""
+    """What a remote says one model consists of; `origin`, `revision`, `requested` and `whole` as in `Manifest`."""
 
     origin: str
     revision: str
     requested: str
     files: tuple[Published, ...]
+    whole: bool = True
 
 
 class Span(Struct, frozen=True, array_like=True, gc=False):
@@ -131,19 +134,6 @@ class Span(Struct, frozen=True, array_like=True, gc=False):
 
 COMPUTED = -1
 """As `TensorInfo.span`: the bytes are no span but calculated on read."""
-
-
-class TensorInfo(Struct, frozen=True, array_like=True, gc=False):
-    """A named tensor: dtype as safetensors spells it, shape in elements, `spans[span]` its bytes.
-
-    In a view (`Manifest.stack`) the tensors are those of its `model.safetensors`, in the order of its segments behind
-    the header, several may share a span, and `span` is COMPUTED where the segment is.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    span: int
 
 
 class Literal(Struct, frozen=True, array_like=True, tag="L"):
@@ -169,9 +159,10 @@ class Computed(Struct, frozen=True, array_like=True, tag="C"):
     """Elements calculated on read, each from those at its place in the inputs (`plan/compute.py` says how).
 
     Attributes:
-        op: `cast`, `scale`, `linear` or `task_arithmetic`.
+        op: `cast`, `scale`, `add`, `linear` or `task_arithmetic`; `interleave` and `gather` take
+            them from elsewhere in their input.
         dtype: Of the result, whose elements fill `size` bytes.
-        inputs: All with as many elements as the result.
+        inputs: All with as many elements as the result, but that of `gather`.
         dtypes: Of the inputs, one each.
         params: Numbers that the operation takes.
     """
@@ -185,6 +176,25 @@ class Computed(Struct, frozen=True, array_like=True, tag="C"):
 
 
 Segment = Literal | Extent | Computed
+
+
+class TensorInfo(Struct, frozen=True, array_like=True, gc=False):
+    """A named tensor: dtype as safetensors spells it, or ggml one of a GGUF file, shape in elements.
+
+    In a view (`Manifest.stack`) the tensors are those of its `model.safetensors`, in the order of its segments behind
+    the header, several may share a span, and `span` is COMPUTED where the segment is.
+
+    Attributes:
+        span: `spans[span]` is its bytes (in a GGUF file with the padding behind it); COMPUTED where no span is.
+        data: What it is made of where no span is and it is of no view: a tensor of a torch checkpoint may be a part of
+            a storage, or scattered over it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    span: int
+    data: "Extent | Computed | None" = None
 
 
 class View(StrEnum):
@@ -230,6 +240,8 @@ class Manifest(Struct, frozen=True, array_like=True):
         requested: Revision as the user wrote it, such as `main`.
         created: Unix seconds; also the mtime of every file shown.
         stack: Of a slice or merge, where each of its layers comes from; empty for what was published.
+        whole: Nothing was published at the revision that is not here; false for what was found in an incomplete cache.
+        substituted: Which tensors are near-equal ones of another model, in words; empty where none are.
     """
 
     name: str
@@ -242,6 +254,8 @@ class Manifest(Struct, frozen=True, array_like=True):
     tensors: tuple[TensorInfo, ...]
     files: tuple[File, ...]
     stack: tuple[StackLayer, ...] = ()
+    substituted: str = ""
+    whole: bool = True
 
     def __post_init__(self) -> None:
         check_manifest(self)
@@ -256,6 +270,23 @@ class Manifest(Struct, frozen=True, array_like=True):
         return {f.path: f for f in self.files if f.view in (View.BOTH, view)}
 
 
+class ManifestHead(Struct, frozen=True, array_like=True):
+    """A `Manifest` of which only the small fields are decoded: where it came from."""
+
+    name: str
+    origin: str
+    revision: str
+    requested: str
+    created: int
+    sources: tuple[Source, ...]
+    spans: Raw = Raw()
+    tensors: Raw = Raw()
+    files: Raw = Raw()
+    stack: Raw = Raw()
+    substituted: str = ""
+    whole: bool = True
+
+
 def check_manifest(m: Manifest) -> None:
     """Raises InvalidFormat where indices dangle, spans leave their source, or segments do not add up."""
     for span in m.spans:
@@ -266,6 +297,8 @@ def check_manifest(m: Manifest) -> None:
     for tensor in m.tensors:
         if not COMPUTED <= tensor.span < len(m.spans):
             raise InvalidFormat(f"manifest of {m.name}: tensor {tensor.name} has no span")
+        if tensor.data is not None:
+            _check_extents(m, [tensor.data], f"tensor {tensor.name}")
     for file in m.files:
         check_file(m, file)
 
@@ -275,19 +308,23 @@ def check_file(m: Manifest, file: File) -> None:
         raise InvalidFormat(f"manifest of {m.name}: unsafe path {file.path!r}")
     if sum(s.size for s in file.segments) != file.size:
         raise InvalidFormat(f"manifest of {m.name}: segments of {file.path} do not add up to {file.size}")
-    for segment in file.segments:
-        for s in (segment,) if isinstance(segment, Extent) else leaves(segment):
+    _check_extents(m, file.segments, file.path)
+
+
+def _check_extents(m: Manifest, segments: Iterable[Segment], where: str) -> None:
+    for segment in segments:
+        for s in leaves(segment):
             if not (0 <= s.span < len(m.spans) and 0 <= s.start <= s.stop <= m.spans[s.span].size):
-                raise InvalidFormat(f"manifest of {m.name}: bad extent in {file.path}")
+                raise InvalidFormat(f"manifest of {m.name}: bad extent in {where}")
 
 
-def leaves(segment: Segment) -> Iterator[Extent]:
+def leaves(segment: Segment) -> Sequence[Extent]:
     """The stored bytes that a segment is made of, in the order in which a calculation takes them."""
     if isinstance(segment, Extent):
-        yield segment
-    elif isinstance(segment, Computed):
-        for part in segment.inputs:
-            yield from leaves(part)
+        return (segment,)
+    if isinstance(segment, Computed):
+        return [leaf for part in segment.inputs for leaf in leaves(part)]
+    return ()
 
 
 def is_safe_path(path: str) -> bool:
@@ -307,7 +344,16 @@ def encode_manifest(manifest: Manifest) -> bytes:
 
 def decode_manifest(data: bytes | memoryview) -> Manifest:
     """Raises InvalidFormat on bytes that are no manifest."""
+    return _decode(data, Manifest)
+
+
+def decode_head(data: bytes | memoryview) -> ManifestHead:
+    """Of an encoded manifest. Raises InvalidFormat."""
+    return _decode(data, ManifestHead)
+
+
+def _decode(data: bytes | memoryview, kind: type[T]) -> T:
     try:
-        return msgspec.msgpack.decode(data, type=Manifest)
+        return msgspec.msgpack.decode(data, type=kind)
     except msgspec.DecodeError as error:
         raise InvalidFormat(f"not a manifest: {error}") from error

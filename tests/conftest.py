@@ -1,11 +1,14 @@
 """Fixtures that all tests share, and an environment in which no test can reach the real Hub or the user's token."""
 
 import atexit
+import logging
 import os
+import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -20,6 +23,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from tests.hub import Hub  # noqa: E402
+from tests.mounts import AMISS  # noqa: E402
 
 # Whoever runs the tests in the background may have these ignored, and programs that we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -28,6 +32,72 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # The same examples in every run, however slow the machine is.
 settings.register_profile("cakefs", deadline=None, derandomize=True, database=None)
 settings.load_profile("cakefs")
+
+
+# What cakefs warns of in tests that provoke it, by the beginning of their names. Nothing else may be said in any test,
+# by this process or by one that it starts. What commands say, tests of commands look at.
+_STORE = "do not match their recorded sum|is gone or damaged as a whole|is gone or has changed"
+_UPSTREAM = r"bytes \d+-\d+ of |the bytes do not have the published hash|came wrong, and is fetched again"
+_FULL = "the store is full|not sealed, still served"
+_ABSENT = "is not added on demand: "
+PROVOKED = {
+    "test_api": f"{_UPSTREAM}|{_ABSENT}",
+    "test_cli_e2e": f"{_STORE}|{_UPSTREAM}|{_FULL}",
+    "test_demand": _ABSENT,
+    "test_engine": f"{_UPSTREAM}|{_FULL}|a transfer process ended",
+    "test_engine_worker": _STORE,
+    "test_export": _STORE,
+    "test_fs_": "cannot read |lookup: |did not answer within",
+    "test_fs_mount.py::test_failed_reads": "unexpected failure|Traceback",
+    "test_fs_ops": "unexpected failure",
+    "test_fsspec": _ABSENT,
+    "test_hashes": f"{_UPSTREAM}|what is claimed of its tensors is wrong",
+    "test_mergekit": "WARNING mergekit",
+    "test_model": _UPSTREAM,
+    "test_mounted": "WARNING mergekit",
+    "test_recover": _STORE,
+    "test_remotes_": f"{_UPSTREAM}|trying again in ",
+    "test_store_": _STORE,
+}
+
+
+class Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.name}: {record.getMessage()}")
+
+
+def unprovoked(item: pytest.Item, lines: Iterable[str]) -> list[str]:
+    """Those of these lines that a test does not mean to cause."""
+    name = f"{item.path.name}::{item.name}"
+    provoked = [pattern for prefix, pattern in PROVOKED.items() if name.startswith(prefix)]
+    return [line for line in lines if not (provoked and re.search("|".join(provoked), line))]
+
+
+@pytest.fixture(autouse=True)
+def nothing_unexpected_is_logged(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test in whose process cakefs warns, unless the test looks at what is logged (`caplog`)."""
+    heard = Heard()
+    logging.getLogger().addHandler(heard)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(heard)
+    assert "caplog" in request.fixturenames or unprovoked(request.node, heard.lines) == []
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """Fails a test while which a process that has our stderr complained, such as a transfer process."""
+    report = yield
+    if call.when == "teardown" and report.passed:
+        said = unprovoked(item, filter(AMISS.search, report.capstderr.splitlines()))
+        if said:
+            report.outcome, report.longrepr = "failed", "\n".join(["said on stderr, and not meant to be:", *said])
+    return report
 
 
 @pytest.fixture

@@ -20,9 +20,12 @@ from typing import Any
 
 import trio
 
+from cakefs import errors
 from cakefs.errors import CakeError, CorruptData, NotFound, RemoteUnavailable
 from cakefs.fs.place import FUSE_DEVICE, KIND, canonical, mounts
 from cakefs.model import File, Literal, Manifest, View, encode_manifest
+from cakefs.plan.hubcache import HubPlace
+from cakefs.plan.wish import Wish
 
 PATTERN = bytes(range(251)) * 8400  # 2 MiB and more, and of a period that no power of two divides
 
@@ -55,6 +58,8 @@ class FakeReader:
         fault = self._library.fault(self._path)
         if fault == "bug":
             raise ZeroDivisionError("a bug in the engine")
+        if fault == "memory":
+            raise MemoryError
         if fault == "short":
             return memoryview(content(self._spec, offset, size)[:-1])
         return None if fault else memoryview(content(self._spec, offset, size))
@@ -65,7 +70,9 @@ class FakeReader:
                 raise RemoteUnavailable(f"no answer for {self._path}", hint="try again")
             if fault == "corrupt":
                 raise CorruptData(f"{self._path} is damaged")
-            if fault == "slow":
+            if fault == "trickle":
+                await trio.sleep(0.2)
+            if fault in ("slow", "trickle"):
                 break
             await trio.sleep(0.01)  # "stall": until the fault is taken away
         return content(self._spec, offset, size)
@@ -82,6 +89,7 @@ class FakeLibrary:
         self._store = store
         self._manifests: dict[str, tuple[Manifest, Mapping[str, Any]]] = {}
         self.closed = 0
+        self.wishes: list[Wish] = []
 
     def fault(self, path: str) -> str:
         return str(self._load().get("faults", {}).get(path, ""))
@@ -106,6 +114,23 @@ class FakeLibrary:
     def collect(self) -> None:
         """As `gc` does with manifests that nobody needs."""
         self._manifests.clear()
+
+    def hub_place(self, manifest_id: str) -> HubPlace | None:
+        place = self._manifests[manifest_id][1].get("hub")
+        return None if place is None else HubPlace(*place)
+
+    @property
+    def on_demand(self) -> bool:
+        return "upstream" in self._load()
+
+    async def demand(self, wish: Wish) -> None:
+        """`upstream` is models by the name that is wished for, or the name of an error."""
+        self.wishes.append(wish)
+        found = self._load()["upstream"].get(wish.name, "NotFound")
+        if isinstance(found, str):
+            raise getattr(errors, found)(f"no {wish.name}")
+        self._load()["models"][wish.name] = found
+        self._load()["generation"] += 1
 
     def open(self, manifest_id: str, file: File) -> FakeReader:
         self.manifest(manifest_id)
@@ -204,7 +229,8 @@ class FakeMount:
             return self.process.wait(20)
 
     def stop(self) -> None:
-        """Leaves nothing behind, however the test went."""
+        """Leaves nothing behind, however the test went, and lets it be judged by what was logged."""
+        sys.stderr.write(self.log())
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
             try:
@@ -253,10 +279,13 @@ def main() -> int:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     mountpoint, state = map(Path, sys.argv[1:3])
     allow_other = sys.argv[3:] == ["allow_other"]
+    grace_s = float(os.environ.get("FS_CHILD_GRACE_S", "1"))
     library = FakeLibrary(load_from(state), str(state.parent))
 
     async def run() -> None:
-        await serve(library, mountpoint, allow_other=allow_other, on_ready=lambda: print("ready", flush=True))
+        await serve(
+            library, mountpoint, allow_other=allow_other, on_ready=lambda: print("ready", flush=True), grace_s=grace_s
+        )
 
     try:
         trio.run(run)

@@ -231,6 +231,7 @@ def test_a_name_changes_what_it_stands_for_only_when_told(cli: Cli, hub: Hub) ->
 def test_pull_of_some_files(cli: Cli, hub: Hub) -> None:
     hub.add_repo("org/name", {"model.safetensors": big(), "a.gguf": bytes(2_000_000), "b.gguf": bytes(3_000_000)})
     cli.call("add", "org/name")
+    hub.reset()
     pulled = cli.json("pull", "org/name", "--files", "a.*", "--files", "*.json")
     assert (pulled["files"], pulled["fetched_bytes"]) == (1, 2_000_000)
     assert hub.sent("b.gguf") == 0
@@ -354,9 +355,27 @@ def test_verify_finds_and_repairs_damage_on_disk(cli: Cli, hub: Hub) -> None:
     words = cli.call("verify", "org/name", code=20)
     assert words.stdout.startswith("BAD   org/name")
     assert "hint: cakefs verify org/name --repair" in words.stderr
-    assert len(cli.json("verify", "--repair")["org/name"]["bad"]) == 1
-    assert cli.json("pull", "org/name")["fetched_bytes"] == 2_000_000
+    hub.down()
+    assert "hint: " in cli.call("verify", "--repair", code=13).stderr, "dropped, and not to be had"
+    hub.up()
+    cli.call("pull", "org/name")
+    damage(blob)
+    repaired = cli.json("verify", "--repair")
+    assert len(repaired["org/name"]["bad"]) == 1
+    assert {name: done["fetched_bytes"] for name, done in repaired.items()} == {"org/name": 2_000_000, "org/other": 0}
+    assert all(model["verified"] for model in cli.json("ls"))
     assert cli.json("verify")["org/name"]["bad"] == []
+
+
+def test_a_file_that_a_repair_leaves_wrong_is_fetched_whole(cli: Cli, hub: Hub) -> None:
+    """What comes for one tensor is wrong, too: so all of the file is dropped, also what was good."""
+    hub.add_repo("org/name", {"model.safetensors": big()})
+    cli.call("add", "org/name")
+    cli.call("pull", "org/name")
+    damage(max(cli.blob_files(), key=lambda path: path.stat().st_size))
+    hub.fault("corrupt", "org/name/model.safetensors", after=5000)
+    cli.call("verify", "--repair")
+    assert cli.json("ls")[0]["verified"]
 
 
 def test_damaged_header_of_shards_is_mended_by_adding_again(cli: Cli, hub: Hub) -> None:

@@ -17,6 +17,8 @@ from cakefs.cli.checks.outside import check_hub, check_libraries, check_token
 from cakefs.cli.checks.store import check_store
 from cakefs.cli.doctor import Check, diagnose
 from cakefs.config import Config
+from cakefs.errors import UserError
+from cakefs.fs import place
 
 FREE_DISK = "21 1 8:1 / / rw,relatime - ext4 /dev/sda1 rw\n"
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts without a server")
@@ -67,6 +69,14 @@ def test_device_missing(root: Path) -> None:
     assert check.ok is False
     assert "modprobe fuse" in check.fix
     assert "--device /dev/fuse" in check.fix
+    assert all(door in check.fix for door in ("cakefs export", "cakefs.open", "fsspec"))
+
+
+def test_a_mount_that_cannot_be_names_the_doors_without_fuse(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(place, "FUSE_DEVICE", str(tmp_path / "fuse"))
+    with pytest.raises(UserError, match="fuse is missing") as caught:
+        place.check_fuse()
+    assert all(door in caught.value.hint for door in ("cakefs export", "cakefs.open", "fsspec"))
 
 
 @as_root
@@ -80,7 +90,7 @@ def test_root_without_the_right_to_mount(root: Path) -> None:
 @as_user
 def test_device_of_another_user(root: Path) -> None:
     (root / "dev/fuse").chmod(0)
-    assert machine.check_device(root).fix == "sudo chmod 666 /dev/fuse"
+    assert machine.check_device(root).fix.startswith("sudo chmod 666 /dev/fuse; ")
 
 
 def test_fusermount_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 from cakefs.app import TOKEN_S, App, open_app
 from cakefs.config import Config
 from cakefs.engine import jobs
-from cakefs.engine.library import LET_GO_S, Library
-from cakefs.engine.sources import default_name, parse_source
-from cakefs.engine.survey import Shown, is_verified
+from cakefs.engine.known.survey import Shown, is_verified
+from cakefs.engine.models.sources import default_name, parse_source
+from cakefs.engine.read import FileReader
+from cakefs.engine.serve.library import LET_GO_S, Library
 from cakefs.errors import AccessDenied, InvalidFormat, RemoteChanged, RemoteUnavailable, UserError
 from cakefs.model import CHUNK, View
 from tests.hub import Hub
@@ -87,6 +89,38 @@ def test_shards_read_as_one_canonical_file_and_originals_as_published(hub: Hub, 
             assert await read_model(app, path=path, view=View.ORIGINAL) == published
 
     run(hub, tmp_path / "store", body)
+
+
+def test_who_wants_what_just_failed_waits_briefly_and_gets_it_when_it_comes(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel lets the readers of one page ask one after the other: each of them with all patience is a hang."""
+    monkeypatch.setattr("cakefs.engine.fetch.AGAIN_S", 0.3)
+    published = single(big(1))
+    hub.add_repo("org/name", {"model.safetensors": published})
+
+    async def body(app: App) -> None:
+        manifest = app.model(await add(app, "org/name") and "org/name")
+        hub.fault("stall", times=None)
+        async with app.library() as library:
+            reader = library.open(library.names()["org/name"], manifest.shown(View.MODEL)["model.safetensors"])
+            began = trio.current_time()
+            for _ in range(10):
+                with pytest.raises(RemoteUnavailable, match=r"localhost.* did not come in \d tr"):
+                    await reader.read(CHUNK // 2, 10)
+            assert 3.0 < trio.current_time() - began < 10 * 3.0
+            hub.clear_faults()
+            assert published[CHUNK // 2 : CHUNK // 2 + 10] in [await attempt(reader) for _ in range(20)]
+            reader.close()
+
+    async def attempt(reader: FileReader) -> bytes:
+        try:
+            return bytes(await reader.read(CHUNK // 2, 10))
+        except RemoteUnavailable:
+            return b""
+
+    run(hub, tmp_path / "store", body, read_timeout_s=3.0)
+    assert "did not come" in caplog.text
 
 
 def test_other_weights_beside_model_safetensors_are_original_only(hub: Hub, tmp_path: Path) -> None:
@@ -283,6 +317,26 @@ def test_a_full_store_serves_and_does_not_keep(hub: Hub, tmp_path: Path) -> None
         run(hub, store, body, readahead=False)
     finally:
         subprocess.run(["umount", "-l", store], check=True)
+
+
+def test_more_stalled_files_than_connections_block_no_other(hub: Hub, tmp_path: Path) -> None:
+    files = {f"{i}/model.safetensors": single({"t": tensor(i, 100_000)}) for i in range(7)}
+    hub.add_repo("org/many", files)
+
+    async def body(app: App) -> None:
+        await add(app, "org/many")
+        for i in range(6):
+            hub.fault("stall", f"{i}/model.safetensors", times=None)
+        async with trio.open_nursery() as nursery:
+            for i in range(6):
+                nursery.start_soon(read_model, app, "org/many", f"{i}/model.safetensors")
+            await trio.testing.wait_all_tasks_blocked()
+            assert app.fetcher.on_their_way >= 6
+            assert await read_model(app, "org/many", "6/model.safetensors") == files["6/model.safetensors"]
+            assert app.fetcher.counters.failures == 0, "while all the others wait"
+            nursery.cancel_scope.cancel()
+
+    run(hub, tmp_path / "store", body, connections=2, read_timeout_s=100.0)
 
 
 @pytest.mark.parametrize("etag", ["", 'W/"v1"', '"v1"'])

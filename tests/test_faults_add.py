@@ -235,11 +235,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A mount with a good model in it, beside which all cases have been tried."""
     directory = tmp_path_factory.mktemp("add")
     with Hub() as hub:
-        cakefs = Cakefs(directory, hub.endpoint, CAKEFS_CONFIG=write_config(directory, read_timeout_s=1.0))
+        cakefs = Cakefs(directory, hub.endpoint, CAKEFS_CONFIG=write_config(directory, read_timeout_s=3.0))
         hub.add_repo("org/good", {"config.json": CONFIG, "model.safetensors": GOOD})
         hub.add_repo("org/known", {"config.json": CONFIG}, token="hf_other")
 
-        with cakefs.mounted() as mountpoint:
+        with cakefs.mounted("--no-on-demand") as mountpoint:
             cakefs.run("add", "org/good")
             outcomes = attempt_all(hub, cakefs)
             yield World(hub, cakefs, mountpoint, outcomes)
@@ -263,11 +263,14 @@ def test_the_mount_and_the_store_are_as_before(world: World) -> None:
     assert (world.mountpoint / "org/good/model.safetensors").read_bytes() == GOOD
 
 
-def test_a_passing_rate_limit_is_waited_for(world: World) -> None:
+def test_a_passing_rate_limit_is_waited_for_and_told_at_once(world: World) -> None:
     publish(world.hub, "org/limited", {"model.safetensors": GOOD})
-    limit = world.hub.fault(429, "org/limited/*", retry_after=1.0, stage="resolve")
-    world.cakefs.run("add", "org/limited", CAKEFS_CONFIG=os.devnull)
-    assert limit.hits == 1
+    of_list = world.hub.fault(429, "org/limited", retry_after=1.0, stage="api")
+    of_file = world.hub.fault(429, "org/limited/*", retry_after=1.0, stage="resolve")
+    done = world.cakefs.run("add", "org/limited", CAKEFS_CONFIG=os.devnull)
+    assert (of_list.hits, of_file.hits) == (1, 1)
+    said = done.stderr.splitlines()
+    assert len(said) == 2 and all(line.startswith("warning: trying again in 1 s: ") for line in said)
     assert (world.mountpoint / "org/limited/model.safetensors").read_bytes() == GOOD
 
 

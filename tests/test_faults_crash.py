@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from cakefs.model import CHUNK
+from tests.disks import small_disk
 from tests.fs_child import eventually
 from tests.hub import Hub
 from tests.models import CONFIG, single, tensor
@@ -54,7 +54,8 @@ class Running:
         self.pid = int(cakefs.status()["pid"])
 
     def workers(self) -> list[int]:
-        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if parent(pid) == self.pid]
+        pids = map(int, filter(str.isdigit, os.listdir("/proc")))
+        return [pid for pid in pids if parent(pid) == self.pid and b"engine.transfer.worker" in command_line(pid)]
 
     def kill(self, *, group: bool = False) -> None:
         """SIGKILL to the daemon alone or to its transfer processes as well; returns when all of them are gone."""
@@ -77,6 +78,13 @@ def parent(pid: int) -> int:
     return int((stat_fields(pid) or ["", "0"])[1])
 
 
+def command_line(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # ended meanwhile
+        return b""
+
+
 def alive(pid: int) -> bool:
     return (stat_fields(pid) or ["X"])[0] not in "XZ"
 
@@ -89,7 +97,7 @@ class World:
     def __init__(self, directory: Path, hub: Hub) -> None:
         self.hub = hub
         config = write_config(directory, read_timeout_s=5, workers=WORKERS, connections=CONNECTIONS)
-        self.cakefs = Cakefs(directory, hub.endpoint, CAKEFS_CONFIG=config)
+        self.cakefs = Cakefs(directory, hub.endpoint, CAKEFS_CONFIG=config).provoking("a transfer process ended")
 
     def path(self, name: str) -> Path:
         return self.cakefs.mountpoint / name / "model.safetensors"
@@ -232,7 +240,7 @@ def test_a_second_mount_at_the_same_place_is_refused(world: World) -> None:
 
 
 def test_the_end_of_a_mount_in_the_middle_of_a_fetch_leaves_no_process(world: World) -> None:
-    """Asked to, that is: by SIGTERM, as systemd does it."""
+    """Asked to, that is: by two signals, of which the second waits for no reader."""
     name = "org/ended"
     running = Running(world.cakefs)
     pids = [running.pid, *running.workers()]
@@ -241,6 +249,7 @@ def test_the_end_of_a_mount_in_the_middle_of_a_fetch_leaves_no_process(world: Wo
     with world.reading(name) as errors:
         assert eventually(lambda: begun(world, name))
         os.kill(running.pid, signal.SIGTERM)
+        os.kill(running.pid, signal.SIGINT)
         assert eventually(lambda: not any(map(alive, pids)))
     world.hub.clear_faults()
     assert len(errors) == 1
@@ -271,13 +280,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     """A small file system."""
     if os.geteuid() != 0:
         pytest.skip("needs root to mount a small file system")
-    path = tmp_path / "disk"
-    path.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK},nr_inodes={INODES}", "cakefs-test", path], check=True)
-    try:
+    with small_disk(tmp_path / "disk", f"{DISK},nr_inodes={INODES}") as path:
         yield path
-    finally:
-        subprocess.run(["umount", path], check=True)
 
 
 def fill(disk: Path, *, but: int = 0, inodes: bool = False) -> Path:
@@ -292,6 +296,7 @@ def fill(disk: Path, *, but: int = 0, inodes: bool = False) -> Path:
 
 def test_reads_are_right_on_a_full_disk_and_kept_once_there_is_room(hub: Hub, disk: Path, tmp_path: Path) -> None:
     cakefs = Cakefs(tmp_path, hub.endpoint, CAKEFS_CONFIG=write_config(tmp_path, read_timeout_s=5))
+    cakefs.provoking("the store is full", "No space left on device", "not sealed, still served", "cannot confirm")
     cakefs.store = disk / "store"
     cakefs.environment["CAKEFS_STORE"] = str(cakefs.store)
     path = cakefs.mountpoint / "org/full/model.safetensors"

@@ -23,6 +23,7 @@ from cakefs.formats.gguf import (
     parse_header,
     read_header,
 )
+from cakefs.formats.ggufalike import read_alike
 from cakefs.formats.ggufwrite import TensorSpec, build_header, encode, encode_array
 from cakefs.formats.steps import run
 from cakefs.model import ByteRange
@@ -104,6 +105,64 @@ def test_reading_asks_for_every_byte_once(first: int) -> None:
     assert run(read_header(len(file), "x.gguf", first), read) == parse(file)
     assert [part.start for part in asked] == [0, *(part.stop for part in asked[:-1])]
     assert len(asked) < 12 and all(part.size for part in asked)
+
+
+def vocabulary(*, first: int = 0, name: str = "", words: int = 9000) -> bytes:
+    """A header with three long arrays."""
+    listed = b"".join(gguf_files.text(f"word {i + first:06}") for i in range(words))
+    pairs = [
+        gguf_files.pair("general.name", gguf_files.STRING, gguf_files.text(name)),
+        gguf_files.array("tokens", gguf_files.STRING, words, listed),
+        gguf_files.array("scores", gguf_files.F32, 20_000, bytes(80_000)),
+        gguf_files.array("merges", gguf_files.STRING, words, listed),
+        gguf_files.pair("template", gguf_files.STRING, gguf_files.text(name * 9)),
+    ]
+    return gguf_files.make(pairs, [gguf_files.info("a", [8])], 32)
+
+
+def alike(file: bytes, like: bytes) -> tuple[Header | None, int]:
+    """What is found of a file by another one, and the bytes that were asked for."""
+    asked: list[int] = []
+
+    def read(part: ByteRange) -> bytes:
+        assert 0 <= part.start < part.stop <= len(file)
+        asked.append(part.size)
+        return file[part.start : part.stop]
+
+    return run(read_alike(len(file), "x.gguf", parse(like)), read), sum(asked)
+
+
+@pytest.mark.parametrize("name", ["", "m", "a longer name", "n" * 3000])
+def test_a_header_is_read_by_another_with_the_same_vocabulary(name: str) -> None:
+    file = vocabulary(name=name)
+    found, asked = alike(file, vocabulary(name="like"))
+    assert found is not None and asked < len(file) / 4
+    assert found.outline() == parse(file).outline()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        vocabulary(first=1),
+        vocabulary(words=8999),
+        vocabulary(words=9001),
+        vocabulary()[:400_000],
+        gguf_files.make([gguf_files.ARCH], [gguf_files.info("a", [40_000])], 160_000),
+        vocabulary().replace(b"word 000000", b"word 0000zz", 1),
+        vocabulary().replace(b"word 008999", b"word 0089zz", 1),
+    ],
+)
+def test_what_is_not_like_another_header_is_not_read_by_it(file: bytes) -> None:
+    try:
+        found, _ = alike(file, vocabulary())
+    except InvalidFormat:
+        found = None
+    assert found is None or found == parse(file)
+
+
+def test_a_header_without_long_arrays_is_read_as_it_is() -> None:
+    small = gguf_files.make([gguf_files.ARCH], [gguf_files.info("a", [8])], 32)
+    assert alike(small, vocabulary())[0] == parse(small)
 
 
 def test_values() -> None:

@@ -7,18 +7,21 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import trio
 
 from cakefs.errors import UserError
+from cakefs.fs.limits import BACKGROUND, CONTROL
 from cakefs.fs.place import Claim, Mount, cakefs_at, canonical, parse_mountinfo, umount
+from cakefs.fs.systemd import Probe, Systemd
+from tests import ordinary_user
 from tests.fs_child import FakeMount, eventually, why_no_mount
 
 needs_mount = pytest.mark.skipif(bool(why_no_mount()), reason=why_no_mount())
-AS_NOBODY = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
 
@@ -235,24 +238,169 @@ def test_the_kernel_may_read_ahead_of_many_at_once(mount: FakeMount) -> None:
         mount.start()
         found = cakefs_at(canonical(mount.path))
         assert found is not None
-        assert (control / found.device.partition(":")[2] / "max_background").read_text() == "128\n"
+        assert (control / found.device.partition(":")[2] / "max_background").read_text() == f"{BACKGROUND}\n"
+
+
+@needs_mount
+@needs_root
+def test_it_may_where_the_limits_are_not_to_be_seen(mount: FakeMount) -> None:
+    """As in most containers."""
+    if os.path.ismount(CONTROL):
+        pytest.skip("they are to be seen here")
+    mount.start()
+    found = cakefs_at(canonical(mount.path))
+    assert found is not None and not os.path.ismount(CONTROL)
+    with control_files() as control:
+        assert (control / found.device.partition(":")[2] / "max_background").read_text() == f"{BACKGROUND}\n"
+
+
+@contextmanager
+def notify_socket(name: str) -> Iterator[Callable[[], list[str]]]:
+    """A socket as systemd has it; yields what gives the lines of the next message."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(name)
+        sock.settimeout(10)
+        yield lambda: sock.recv(1000).decode().split("\n")
 
 
 @needs_mount
 @pytest.mark.parametrize("abstract", [False, True])
 def test_systemd_is_told(tmp_path: Path, abstract: bool) -> None:
     name = f"cakefs-test-{os.getpid()}" if abstract else str(tmp_path / "notify")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.bind("\0" + name if abstract else name)
-        sock.settimeout(10)
-        mount = FakeMount(tmp_path, env={"NOTIFY_SOCKET": "@" + name if abstract else name})
+    mount = FakeMount(tmp_path, env={"NOTIFY_SOCKET": "@" + name if abstract else name})
+    with notify_socket("\0" + name if abstract else name) as said:
         try:
             mount.start()
-            assert sock.recv(100) == b"READY=1"
+            assert said() == ["READY=1"]
+            (status,) = said()
+            assert status.startswith(f"STATUS=serving {canonical(mount.path)}: 0 files are open")
             assert mount.end() == 0
-            assert sock.recv(100) == b"STOPPING=1"
+            assert said() == ["STOPPING=1", "STATUS=ending; 0 files are open"]
+            assert said()[0] == "STOPPING=1"
         finally:
             mount.stop()
+
+
+@needs_mount
+def test_the_watchdog_hears_of_a_mount_that_answers_and_of_no_other(tmp_path: Path) -> None:
+    name = str(tmp_path / "notify")
+    mount = FakeMount(tmp_path, env={"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "800000"})
+    with notify_socket(name) as said:
+        try:
+            mount.start()
+            heard = [said()]
+            while heard.count(["WATCHDOG=1"]) < 3:
+                heard.append(said())
+            assert heard[0] == ["READY=1"] and all(len(lines) == 1 for lines in heard)
+        finally:
+            mount.stop()
+
+
+@needs_mount
+def test_a_watchdog_of_another_process_is_none_of_ours(tmp_path: Path) -> None:
+    environ = {"NOTIFY_SOCKET": "/x", "WATCHDOG_USEC": "800000"}
+    assert Systemd(environ).watchdog_s == Systemd({**environ, "WATCHDOG_PID": str(os.getpid())}).watchdog_s == 0.8
+    assert Systemd({**environ, "WATCHDOG_PID": "1"}).watchdog_s == 0
+    assert Systemd({"WATCHDOG_USEC": "800000"}).watchdog_s == 0
+
+
+@needs_mount
+def test_a_server_that_hangs_is_found_out(mount: FakeMount) -> None:
+    """Stopped, it is as good as hung: the probe says so, unless everything is busy, and then works again."""
+    mount.start()
+    assert mount.process is not None
+    busy = False
+    probe = Probe(str(mount.path), lambda: busy)
+
+    async def look() -> list[bool]:
+        nonlocal busy
+        found = [await probe(20)]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            found.append(await probe(0.3))
+            busy = True
+            found.append(await probe(0.3))
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        busy = False
+        return [*found, await probe(20), await probe(20)]
+
+    pid = mount.process.pid
+    assert trio.run(look) == [True, False, True, True, True]
+
+
+@needs_mount
+def test_those_who_read_may_finish_before_it_ends(tmp_path: Path) -> None:
+    """They find the mount where it was, too."""
+    mount = FakeMount(tmp_path, env={"FS_CHILD_GRACE_S": "60"})
+    mount.model("org/m", {"big": {"size": 8 << 20}, "next": {"text": "read next"}})
+    mount.fault("big", "trickle")
+    try:
+        mount.start()
+        command = ["sh", "-c", 'cat "$0/org/m/big" | wc -c; cat "$0/org/m/next"', mount.path]
+        reader = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert eventually(lambda: mount.status()["mount"]["reads"] > 0)
+        assert mount.end() == 0
+        assert reader.communicate(timeout=10)[0].split(None, 1) == [b"%d" % (8 << 20), b"read next"]
+        assert not mount.mounted() and mount.log() == ""
+    finally:
+        mount.stop()
+
+
+@needs_mount
+def test_who_only_holds_a_file_is_not_waited_for(tmp_path: Path) -> None:
+    mount = FakeMount(tmp_path, env={"FS_CHILD_GRACE_S": "600"})
+    mount.model("org/m", {"file": {"text": "x"}})
+    try:
+        mount.start()
+        with (mount.path / "org/m/file").open("rb") as file:
+            holder = subprocess.Popen(["sleep", "60"], stdin=file)
+        try:
+            assert mount.end() == 0
+        finally:
+            holder.kill()
+            holder.wait()
+        assert not mount.mounted() and mount.log() == ""
+    finally:
+        mount.stop()
+
+
+@needs_mount
+def test_a_second_signal_waits_for_nobody(tmp_path: Path) -> None:
+    name = str(tmp_path / "notify")
+    mount = FakeMount(tmp_path, env={"FS_CHILD_GRACE_S": "600", "NOTIFY_SOCKET": name})
+    mount.model("org/m", {"big": {"size": 1 << 20}})
+    mount.fault("big", "stall")
+    with notify_socket(name) as said:
+        try:
+            mount.start()
+            reader = subprocess.Popen(["cat", mount.path / "org/m/big"], stderr=subprocess.DEVNULL)
+            assert eventually(lambda: mount.status()["mount"]["waiting"] > 0)
+            assert mount.process is not None
+            mount.process.send_signal(signal.SIGTERM)
+            while said()[0] != "STOPPING=1":
+                pass
+            assert mount.end() == 0
+            assert reader.wait(10) != 0
+            assert not mount.mounted() and mount.log() == ""
+        finally:
+            mount.stop()
+
+
+@needs_mount
+def test_a_killed_server_leaves_errors_and_no_hang(mount: FakeMount) -> None:
+    mount.start()
+    mount.fault("big", "stall")
+    with (mount.path / "org/m/config.json").open("rb", buffering=0) as held:
+        reader = subprocess.Popen(["cat", mount.path / "org/m/big"], stderr=subprocess.PIPE)
+        assert eventually(lambda: mount.status()["mount"]["waiting"] > 0)
+        mount.end(signal.SIGKILL)
+        assert b"cat: " in reader.communicate(timeout=10)[1]
+        with pytest.raises(OSError, match=r"not connected|Software caused connection abort"):
+            os.fstatvfs(held.fileno())
+    mount.fault("", "")
+    mount.start()
+    assert (mount.path / "org/m/config.json").read_text() == "{}", "works again by itself"
 
 
 @needs_mount
@@ -283,26 +431,12 @@ def test_other_users_see_the_mount_only_when_allowed(options: list[str]) -> None
         mount.model("org/m", {"config.json": {"text": "{}"}})
         try:
             mount.start()
-            as_nobody = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
-            read = subprocess.run(
-                [*as_nobody, "cat", mount.path / "org/m/config.json"], capture_output=True, check=False
-            )
+            command = [*ordinary_user.AS_HIM, "cat", mount.path / "org/m/config.json"]
+            read = subprocess.run(command, capture_output=True, check=False)
             assert read.stdout == (b"{}" if options else b"")
         finally:
             mount.stop()
 
-
-# An ordinary user, through fusermount3. In a namespace of its own with its own /dev/fuse, since a system may keep
-# the real one for root; `nsenter` takes the test there.
-
-NAMESPACE = """
-set -e
-mknod "$0/fuse" c 10 229
-chmod 666 "$0/fuse"
-mount --bind "$0/fuse" /dev/fuse
-shift 0
-exec setpriv --reuid 65534 --regid 65534 --clear-groups -- "$@"
-"""
 
 USE = """
 import os, sys
@@ -323,18 +457,15 @@ umount(sys.argv[1])
 def test_an_ordinary_user_mounts_uses_and_unmounts() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        os.chown(directory, 65534, 65534)
-        prefix = ("unshare", "--mount", "--propagation", "private", "sh", "-c", NAMESPACE, name)
-        mount = FakeMount(directory, prefix=prefix)
+        os.chown(directory, ordinary_user.UID, ordinary_user.UID)
+        mount = FakeMount(directory, prefix=ordinary_user.namespace(directory))
         mount.model("org/m", {"config.json": {"text": "{}"}})
         try:
             mount.start()
             assert mount.process is not None and not mount.mounted(), "it is in a namespace of its own"
-            enter = ["nsenter", "--mount", f"--target={mount.process.pid}"]
             code = [sys.executable, "-c", USE, str(mount.path)]
-            used = subprocess.run(
-                [*enter, *AS_NOBODY, *code], capture_output=True, text=True, env=mount.env, check=False
-            )
+            command = [*ordinary_user.enter(mount.process.pid), *code]
+            used = subprocess.run(command, capture_output=True, text=True, env=mount.env, check=False)
             assert (used.returncode, used.stderr) == (0, "")
             assert mount.exit_code() == 0 and mount.log() == ""
         finally:

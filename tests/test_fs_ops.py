@@ -193,6 +193,13 @@ def test_any_other_exception_is_one_traceback_and_eio(bench: Bench, caplog: pyte
     assert bench.errno(bench.ops.read, 12345, 0, 4096) == errno.EIO  # no such handle
 
 
+def test_where_memory_runs_out_that_is_one_line(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    bench.fault("a.bin", "memory")
+    assert bench.errno(bench.ops.read, bench.open("org/m/a.bin"), 0, 4096) == errno.EIO
+    (record,) = caplog.records
+    assert record.getMessage() == "cannot read org/m/a.bin, bytes 0-4096: no memory is left" and not record.exc_info
+
+
 @pytest.mark.parametrize("kind", ["timeout", "corrupt", "bug", "short"])
 def test_failures_are_answered_slowly(bench: Bench, kind: str) -> None:
     bench.fault("a.bin", kind)
@@ -258,6 +265,9 @@ def test_looking_at_the_counters_does_not_change_them(bench: Bench) -> None:
             "hits": 1,
             "bytes": 1000,
             "failures": 0,
+            "waiting": 0,
+            "stalled": 0,
+            "longest_wait_s": 0.0,
         }
     )
 

@@ -95,7 +95,7 @@ def test_views_differ_in_what_they_show() -> None:
     )
     assert w.ls("org/m") == ["config.json", "model.safetensors"]
     assert w.ls(".cakefs/original/org/m") == ["config.json", "model-1.safetensors"]
-    assert w.ls(".cakefs") == ["original", "status.json"]
+    assert w.ls(".cakefs") == ["hub", "original", "status.json"]
 
 
 def test_a_file_in_both_views_is_one_inode_and_directories_are_not() -> None:
@@ -202,7 +202,7 @@ def test_forgotten_inodes_leave_the_table_but_for_the_fixed_ones() -> None:
     for ino in w.lookups:
         w.tree.forget(ino, 1)
     assert len(w.tree) == empty
-    assert w.ls("org/m3/x") == ["y"] and w.ls(".cakefs") == ["original", "status.json"]
+    assert w.ls("org/m3/x") == ["y"] and w.ls(".cakefs") == ["hub", "original", "status.json"]
 
 
 def test_the_table_of_models_is_read_only_when_it_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +225,7 @@ def test_the_table_of_models_is_read_only_when_it_changed(monkeypatch: pytest.Mo
 
 def test_unsafe_and_reserved_names_are_not_shown() -> None:
     w = world({"../x": CONFIG, "a//b": CONFIG, "/abs": CONFIG, ".cakefs": CONFIG, "good": CONFIG})
-    assert w.ls() == [".cakefs", "good"] and w.ls(".cakefs") == ["original", "status.json"]
+    assert w.ls() == [".cakefs", "good"] and w.ls(".cakefs") == ["hub", "original", "status.json"]
 
 
 PART = st.sampled_from(["a", "b", "model", "é", "x.json"])

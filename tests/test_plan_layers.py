@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from cakefs.errors import UserError
 from cakefs.plan.layers import (
     Role,
-    check_prefix,
     detect_prefix,
+    group_at,
     group_layers,
     is_head,
     is_token_embedding,
     layers_text,
     parse_layers,
     role_of,
-    split_at,
+    scores_tokens,
     split_name,
 )
 
@@ -68,12 +68,15 @@ def test_names_are_split_at_the_first_number() -> None:
     assert split_name("0.weight") is None  # nothing before it
     assert split_name("a.01.b") is None  # no number as anybody writes it
     assert split_name("a.1b.c") is None
+    assert split_name("a.123456789.b") is None  # no model has so many
+    assert split_name("a.1b.2.c") == ("a.1b", 2, ".c")
+    assert split_name("a..3") == ("a.", 3, "")
 
 
 def test_a_prefix_needs_its_dot() -> None:
-    assert split_at("model.layers.10.x", "model.layers.1") is None
-    assert split_at("model.layersX.1.x", "model.layers") is None
-    assert split_at("a.3.experts.7.w", "a.3.experts") == ("a.3.experts", 7, ".w")
+    assert split_name("model.layers.10.x", "model.layers.1") is None
+    assert split_name("model.layersX.1.x", "model.layers") is None
+    assert split_name("a.3.experts.7.w", "a.3.experts") == ("a.3.experts", 7, ".w")
 
 
 GROUPS = group_layers(
@@ -109,9 +112,9 @@ def test_a_tie_or_nothing_is_refused(names: list[str], count: int | None, messag
 
 def test_a_prefix_that_matches_nothing_lists_what_exists() -> None:
     names = ["model.layers.0.w", "model.layers.1.w"]
-    assert set(check_prefix(names, "model.layers.", group_layers(names))) == {0, 1}
+    assert set(group_at(names, "model.layers.", group_layers(names))) == {0, 1}
     with pytest.raises(UserError) as caught:
-        check_prefix(names, "model.layer", group_layers(names))
+        group_at(names, "model.layer", group_layers(names))
     assert "model.layer" in caught.value.message
     assert "model.layers (layers 0-1)" in caught.value.hint
 
@@ -144,3 +147,7 @@ def test_another_tower_keeps_its_norm() -> None:
 def test_heads_and_token_embeddings() -> None:
     assert is_head("lm_head.weight") and is_head("language_model.lm_head.bias") and not is_head("model.norm.weight")
     assert is_token_embedding("transformer.wte.weight") and not is_token_embedding("transformer.wpe.weight")
+    assert is_head("head.weight") and not is_head("vision.head.weight")  # rwkv
+    assert is_token_embedding("backbone.embeddings.weight")  # mamba
+    assert not is_token_embedding("bert.embeddings.position_embeddings.weight")
+    assert scores_tokens("lm_head.weight") and not scores_tokens("lm_head.dense.weight")  # roberta

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakefs.model import ByteRange, Extent, File, Literal, Segment, View
-from cakefs.plan.layout import Kind, Layout, Piece
+from cakefs.model import ByteRange, Extent, File, Literal, Locator, Manifest, Segment, Source, Span, TensorInfo, View
+from cakefs.plan.layout import Kind, Layout, Piece, header_segments
 
 SPAN = 20
 SPANS = [bytes(range(n, n + SPAN)) for n in (0, 50, 100, 150, 200)]
@@ -88,3 +88,21 @@ def test_offsets_past_32_bits() -> None:
     tensor = 5 * 2**40
     layout = Layout.of(File("x", 3 * tensor, View.BOTH, tuple(Extent(n, 0, tensor) for n in range(3))))
     assert layout.locate(2 * tensor - 1, 2) == [Piece(1, False, 1, tensor - 1, 1), Piece(2, False, 2, 0, 1)]
+
+
+def test_readahead_begins_behind_the_header() -> None:
+    """One segment, but several in a GGUF file; a file that is one piece has none."""
+    sources = (Source("x", "sha256:x", Locator("x", 100)),)
+    spans = tuple(Span(0, start, start + 10) for start in range(0, 100, 10))
+    tensors = tuple(TensorInfo(f"t{i}", "F32", (10,), i) for i in range(4, 10))
+    pieces = tuple(Extent(i, 0, 10) for i in range(10))
+    files = {
+        "a.safetensors": (pieces[3:], 1),
+        "b.safetensors": (pieces[:1], 0),
+        "c.gguf": (pieces, 4),
+        "d.gguf": (pieces[:1], 0),
+        "e.gguf": ((Literal("xxh3:00", 10), *pieces[4:]), 1),
+    }
+    shown = tuple(File(path, 10 * len(s), View.BOTH, s) for path, (s, _) in files.items())
+    manifest = Manifest("m", "", "", "", 0, sources, spans, tensors, shown)
+    assert [header_segments(manifest, file) for file in shown] == [count for _, count in files.values()]

@@ -7,15 +7,8 @@ import pytest
 
 from cakefs.errors import InvalidFormat, UserError
 from cakefs.plan.layernames import Renames, map_names
-from cakefs.plan.modelconfig import (
-    Section,
-    Take,
-    encode_config,
-    find_section,
-    is_encoder_decoder,
-    parse_config,
-    rewrite_config,
-)
+from cakefs.plan.modelconfig import Take, rewrite_config
+from cakefs.plan.sections import Section, encode_config, find_section, is_encoder_decoder, parse_config
 
 Config = dict[str, Any]
 
@@ -97,6 +90,26 @@ def test_no_count_is_no_section() -> None:
     assert find_section({"hidden_size": 8}) is None
 
 
+def test_a_list_counts_where_nothing_else_does() -> None:
+    """nemotron_h as transformers saves it."""
+    assert rewrite({"model_type": "nemotron_h", "layers_block_type": ["mamba", "attention", "mlp"]}, [0, 1, 1, 2]) == {
+        "model_type": "nemotron_h", "layers_block_type": ["mamba", "attention", "attention", "mlp"],
+    }  # fmt: skip
+
+
+def test_an_audio_tower_counts_in_its_own_config() -> None:
+    config = {"text_config": {"num_hidden_layers": 4}, "audio_config": {"encoder_layers": 6}}
+    section = find_section(config, "audio_tower.layers")
+    assert section is not None and section[:3] == (("audio_config",), ("encoder_layers",), 6)
+
+
+def test_an_embedding_with_a_part_for_each_layer_is_refused() -> None:
+    config = {"num_hidden_layers": 2, "hidden_size_per_layer_input": 256}
+    assert rewrite(config, [0, 1]) == config
+    with pytest.raises(UserError, match="hidden_size_per_layer_input"):
+        rewrite(config, [0, 1, 1])
+
+
 # --- lists ----------------------------------------------------------------------------------------------------------
 
 
@@ -123,6 +136,11 @@ def test_lists_of_indices_even_when_all_layers_are_listed() -> None:
     config = {"num_hidden_layers": 3, "moe_layers": [0, 1, 2], "cross_attention_layers": [1]}
     new = rewrite(config, [0, 1, 0, 1])
     assert new["moe_layers"] == [0, 1, 2, 3] and new["cross_attention_layers"] == [1, 3]
+
+
+def test_labels_by_number_are_no_layers() -> None:
+    config = {"num_hidden_layers": 3, "id2label": {"0": "bad", "1": "good"}}
+    assert rewrite(config, [0, 2, 2, 1]) == {**config, "num_hidden_layers": 4}
 
 
 def test_an_unknown_list_is_taken_with_a_warning_or_refused() -> None:
@@ -305,7 +323,7 @@ def test_names_of_layers_follow_them() -> None:
         "model.layers.0.self_attn": {"bits": 8},
         "config_groups": {"group_0": {"targets": ["Linear"]}},
     }
-    renames = Renames("layers", {Take(0, 0): (0, 2), Take(0, 1): (1,)})
+    renames = Renames("model.layers", {Take(0, 0): (0, 2), Take(0, 1): (1,)})
     assert map_names([quantization], renames, 0, "quantization_config") == {
         "bits": 4,
         "modules_to_not_convert": ["lm_head", "model.layers.0.mlp", "model.layers.2.mlp"],
@@ -317,7 +335,7 @@ def test_names_of_layers_follow_them() -> None:
 
 def test_names_of_two_models_meet() -> None:
     a, b = {"ignore": ["lm_head", "model.layers.0.mlp"]}, {"ignore": ["model.layers.1.mlp", "lm_head"]}
-    renames = Renames("layers", {Take(0, 0): (0,), Take(1, 1): (1,)})
+    renames = Renames("model.layers", {Take(0, 0): (0,), Take(1, 1): (1,)})
     assert map_names([a, b], renames, 0, "q") == {"ignore": ["lm_head", "model.layers.0.mlp", "model.layers.1.mlp"]}
     for other in ({"ignore": ["lm_head"], "bits": 8}, None):
         with pytest.raises(UserError, match="differs between the models"):
@@ -326,6 +344,53 @@ def test_names_of_two_models_meet() -> None:
 
 def test_a_pattern_with_a_layer_number_is_refused() -> None:
     with pytest.raises(UserError, match="pattern"):
-        map_names([{"ignore": ["re:model[.]layers\\.0\\..*"]}], Renames("layers", {}), 0, "q")
+        map_names([{"ignore": ["re:model[.]layers\\.0\\..*"]}], Renames("model.layers", {}), 0, "q")
     plain = {"ignore": ["re:.*gate$"]}
-    assert map_names([plain], Renames("layers", {}), 0, "q") == plain
+    assert map_names([plain], Renames("model.layers", {}), 0, "q") == plain
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        r"re:.*layers\.(0|1)\..*",
+        r"re:.*layers\.[0-1]\.mlp",
+        r"re:.*\.1\.mlp.*",
+        r"+:.*\.1\..*gate.*",
+        "re:.*.1.mlp",
+        "model.layers.1*",
+    ],
+)
+def test_patterns_that_speak_of_layers_in_their_own_way_are_refused(name: str) -> None:
+    renames = Renames("model.layers", {Take(0, i): (2 * i,) for i in range(12)})
+    values: list[Any] = [[name], {name: {}}]
+    for value in values:
+        with pytest.raises(UserError, match="cannot renumber it"):
+            map_names([{"ignore": value}], renames, 0, "quantization_config")
+
+
+def test_patterns_that_speak_of_no_layer_stay() -> None:
+    names = [
+        "lm_head",
+        "re:.*lm_head",
+        r"re:.*mlp\.experts\.\d+\..*",
+        r"re:.*experts\.[0-9]+\.w[123]$",
+        "re:.*w2",
+        "*norm",
+    ]
+    renames = Renames("model.layers", {Take(0, 0): (1,), Take(0, 61): (70,)})
+    mapped = map_names([[*names, "model.layers.61*"]], renames, 0, "exclude_modules")
+    assert mapped == [*names, "model.layers.70.*"]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "own", "others"),
+    [
+        ("language_model.model.layers", "model.language_model.layers.0.mlp", "vision_tower.transformer.layers.0.mlp"),
+        ("vision_tower.encoder.layers", "vision_tower.encoder.layers.0.mlp", "model.layers.0.mlp"),
+        ("decoder.block", "decoder.block.0.layer.1", "encoder.block.0.layer.1"),
+        ("model.layers", "model.layers.0.mlp", "mtp.layers.0.mlp"),
+    ],
+)
+def test_names_of_layers_of_another_tower_stay(prefix: str, own: str, others: str) -> None:
+    mapped = map_names([[own, others]], Renames(prefix, {Take(0, 0): (4,)}), 0, "ignore")
+    assert mapped == [others, own.replace(".0.", ".4.")]

@@ -5,7 +5,14 @@ import pytest
 from cakefs.errors import InvalidFormat
 from cakefs.formats.sharded import Index
 from cakefs.model import View
-from cakefs.plan.present import arrange, is_safetensors, wanted_indexes
+from cakefs.plan.present import (
+    arrange,
+    checkpoint_files,
+    is_safetensors,
+    main_files,
+    wanted_checkpoints,
+    wanted_indexes,
+)
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
@@ -51,9 +58,14 @@ def same(*paths: str) -> dict[str, str]:
             id="other directories and other files are left alone",
         ),
         pytest.param(
-            ["pytorch_model.bin", "pytorch_model.bin.index.json", "x.gguf"],
-            same("pytorch_model.bin", "pytorch_model.bin.index.json", "x.gguf"),
-            id="pickles alone",
+            ["adapter_model.safetensors", "adapter_model.bin", "training_args.bin"],
+            same("adapter_model.safetensors", "training_args.bin"),
+            id="pickle beside the safetensors of its kind",
+        ),
+        pytest.param(
+            ["optimizer.pt", "last.ckpt", "consolidated.00.pth", "pytorch_model-00001-of-00002.bin"],
+            same("optimizer.pt", "last.ckpt", "consolidated.00.pth", "pytorch_model-00001-of-00002.bin"),
+            id="pickles that no loader takes for the model",
         ),
         pytest.param(
             ["pytorch_model.safetensors", "pytorch_model.bin"],
@@ -189,3 +201,76 @@ def test_a_path_that_is_file_and_directory_is_refused(paths: list[str]) -> None:
 def test_what_must_have_a_header() -> None:
     assert is_safetensors("a/b.safetensors")
     assert not any(map(is_safetensors, ["a.safetensors.index.json", "a.bin", "a.safetensors/b", "safetensors"]))
+
+
+# --- torch ------------------------------------------------------------------------------------------------------------
+
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_SHARDS = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]
+
+
+@pytest.mark.parametrize(
+    ("published", "wanted"),
+    [
+        (["pytorch_model.bin"], {"model.safetensors": "pytorch_model.bin"}),
+        (["pytorch_model.bin", TORCH_INDEX, *TORCH_SHARDS], {"model.safetensors": "pytorch_model.bin"}),
+        ([TORCH_INDEX, *TORCH_SHARDS], {"model.safetensors": TORCH_INDEX}),
+        (["a/pytorch_model.bin"], {"a/model.safetensors": "a/pytorch_model.bin"}),
+        (["pytorch_model.bin", "pytorch_model.fp16.bin"], {"model.safetensors": "pytorch_model.bin"}),
+        (["pytorch_model.fp16.bin"], {"model.fp16.safetensors": "pytorch_model.fp16.bin"}),
+        (["adapter_model.bin"], {"adapter_model.safetensors": "adapter_model.bin"}),
+        (["adapter_model.bin", "pytorch_model.bin"], {"model.safetensors": "pytorch_model.bin"}),
+        (
+            ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.bin"],
+            {
+                "diffusion_pytorch_model.safetensors": "diffusion_pytorch_model.bin",
+                "diffusion_pytorch_model.fp16.safetensors": "diffusion_pytorch_model.fp16.bin",
+            },
+        ),
+        (["pytorch_model.bin", "model.safetensors"], {}),
+        (["pytorch_model.bin", INDEX, *SHARDS], {}),
+        (["pytorch_model.bin", *SHARDS], {}),
+        (["pytorch_model.bin", "pytorch_model.safetensors"], {}),
+        (["pytorch_model.bin", "model.safetensors.index.fp16.json"], {}),
+        (["pytorch_model.bin", "sub/model.safetensors"], {"model.safetensors": "pytorch_model.bin"}),
+        (TORCH_SHARDS, {}),
+    ],
+)
+def test_checkpoints_stand_in_where_there_are_no_safetensors(published: list[str], wanted: dict[str, str]) -> None:
+    assert wanted_checkpoints(published) == wanted
+
+
+def test_a_checkpoint_is_never_shown_in_the_model() -> None:
+    """Neither where it is converted nor where it cannot be; its index and shards go with it."""
+    published = [TORCH_INDEX, *TORCH_SHARDS, "config.json", "old.pt"]
+    indexes = {TORCH_INDEX: index_of(*TORCH_SHARDS)}
+    assert checkpoint_files(wanted_checkpoints(published), indexes) == set(TORCH_SHARDS)
+    done = {f.path: f.origin for f in arrange(published, indexes, ["model.safetensors"]) if f.view is not View.ORIGINAL}
+    assert done == {"model.safetensors": TORCH_INDEX, "config.json": "config.json"}
+    for known in (indexes, {}):
+        assert shown(published, known) == same("config.json", "old.pt")
+        assert shown(published, known, View.ORIGINAL) == same(*published)
+
+
+def test_an_index_of_checkpoints_hides_nothing_else() -> None:
+    indexes = {TORCH_INDEX: index_of("config.json", "odd/name.pt", TORCH_SHARDS[0])}
+    published = [TORCH_INDEX, *TORCH_SHARDS, "odd/name.pt", "config.json"]
+    assert shown(published, indexes) == same("config.json")
+
+
+@pytest.mark.parametrize(
+    ("published", "main"),
+    [
+        (["model.safetensors", "other.safetensors"], {"model.safetensors"}),
+        (["a/model.safetensors", "b.safetensors"], {"a/model.safetensors"}),
+        ([INDEX, *SHARDS, "extra.safetensors"], set(SHARDS)),
+        (["model.safetensors", INDEX, *SHARDS], {"model.safetensors"}),
+        (["pytorch_model.safetensors", "x.safetensors"], {"pytorch_model.safetensors"}),
+        (["lora.safetensors"], {"lora.safetensors"}),
+        (["unet/a.safetensors", "vae/b.safetensors"], set()),
+        (["x.gguf"], set()),
+    ],
+)
+def test_what_a_model_cannot_do_without(published: list[str], main: set[str]) -> None:
+    indexes = {INDEX: index_of(*SHARDS)} if wanted_indexes(published) else {}
+    assert main_files(published, indexes) == main

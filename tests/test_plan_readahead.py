@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakefs.model import CHUNK, MIB, ByteRange
-from cakefs.plan.readahead import AROUND, FIRST_WINDOW, HEAD_LIMIT, LAST_WINDOW, Readahead
+from cakefs.plan.readahead import AROUND, FIRST_WINDOW, HEAD_LIMIT, LAST_WINDOW, LOCAL_WINDOW, Readahead
 
 TENSOR = 16 * MIB
 SIZE = 100 * TENSOR
@@ -78,6 +78,17 @@ def test_a_run_doubles_its_window_up_to_the_limit() -> None:
         for wanted in observe(ahead, position, KERNEL):
             frontier = wanted.stop
     assert LAST_WINDOW // 2 <= frontier - position <= LAST_WINDOW
+
+
+def test_what_is_here_is_wanted_little_ahead_and_again_at_each_pass() -> None:
+    ahead = Readahead([0], SIZE)
+    ahead.local = True
+    for _ in range(2):
+        wanted: list[ByteRange] = []
+        for position in range(0, SIZE, MIB):
+            wanted += observe(ahead, position, MIB)
+            assert max([w.stop for w in wanted], default=0) - position <= LOCAL_WINDOW + MIB
+        assert total(wanted) >= SIZE - 3 * MIB
 
 
 def test_reading_the_header_wants_nothing() -> None:

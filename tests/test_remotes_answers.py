@@ -4,7 +4,6 @@ import inspect
 import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from cakefs.model import ByteRange, Locator
 from cakefs.remotes import answers
 from cakefs.remotes.http import HttpRemote
 from cakefs.remotes.wrap import Retry
+from tests.hub.odd import self_signed
 
 DATA = bytes(range(256)) * 400
 SPAN = ByteRange(1000, 81000)
@@ -237,12 +237,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Key and certificate for localhost that nobody has signed."""
     if shutil.which("openssl") is None:
         pytest.skip("needs the openssl command to make a certificate")
-    path = tmp_path_factory.mktemp("tls") / "localhost.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
-    files = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(path), "-out", f"{path}.crt"]
-    subprocess.run([*command.split(), *files], check=True, capture_output=True)
-    path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
-    return path
+    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 def test_a_certificate_that_nobody_signed(certificate: Path) -> None:

@@ -15,6 +15,7 @@ from cakefs.remotes.base import make_listing, read
 from cakefs.remotes.http import HttpRemote
 from cakefs.remotes.hub import list_repo
 from tests.hub import Hub
+from tests.hub.odd import listening, saying
 
 TOKEN = "hf_SecretSecretSecret"
 FILES = {
@@ -155,6 +156,12 @@ def test_a_gated_repository_whose_listing_is_refused(hub: Hub) -> None:
     assert "accept its licence" in error.hint
 
 
+def test_a_token_that_the_server_repeats_is_not_shown_in_part_either(hub: Hub) -> None:
+    hub.fault("403", "org/name", stage="api", headers={"X-Error-Message": "x" * 190 + TOKEN})
+    error = failure(hub, AccessDenied, token=TOKEN)
+    assert "x" * 100 in error.message and TOKEN[:6] not in error.message
+
+
 def test_a_disabled_repository(hub: Hub) -> None:
     message = "Access to this resource is disabled."
     hub.fault("403", times=None, stage="api", headers={"X-Error-Message": message})
@@ -184,11 +191,21 @@ def test_a_token_that_cannot_be_sent(hub: Hub) -> None:
 
 
 def test_a_rate_limit(hub: Hub) -> None:
-    hub.fault("429", stage="api", headers={"RateLimit": '"api";r=0;t=55'})
+    hub.fault("429", stage="api", headers={"RateLimit": '"api";r=0;t=255'})
     error = failure(hub, RemoteUnavailable)
     assert isinstance(error, RemoteUnavailable)
-    assert error.retry_after == 56
+    assert error.retry_after == 256
     assert "(429: " in error.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("429", {"retry_after": 0.2}), ("503", {}), ("drop", {}), ("reset", {"after": 10})],
+)
+def test_trouble_that_passes_is_not_seen(hub: Hub, kind: str, options: dict[str, float]) -> None:
+    fault = hub.fault(kind, "org/name", stage="api", **options)  # type: ignore[arg-type]
+    assert listed(hub).files
+    assert fault.hits == 1
 
 
 @pytest.mark.parametrize("status", ["500", "502", "503"])
@@ -267,7 +284,29 @@ def test_a_malformed_entry(hub: Hub, monkeypatch: pytest.MonkeyPatch, change: di
 
     info = Entry.info
     monkeypatch.setattr(Entry, "info", lambda self: {**info(self), **change})
-    failure(hub, InvalidFormat)
+    message = failure(hub, InvalidFormat).message
+    assert "org/name" in message and ("unexpected answer" in message or "malformed" in message)
+
+
+def test_a_listing_without_end_is_none(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cakefs.remotes.hub.MAX_ENTRIES", len(FILES))  # without its directories
+    assert f"has more than {len(FILES)} files" in failure(hub, InvalidFormat).message
+
+
+def test_an_answer_of_a_million_levels_is_none(hub: Hub) -> None:
+    deep = b"[" * 1_000_000
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(deep)}\r\n\r\n"
+    with listening(saying(head.encode() + deep)) as port:
+        hub.fault("redirect", stage="api", to=f"http://127.0.0.1:{port}/")
+        assert "unexpected answer for org/name" in failure(hub, InvalidFormat).message
+
+
+def test_the_token_does_not_follow_a_listing_that_is_redirected(hub: Hub) -> None:
+    hub.fault("redirect", stage="api", to=hub.plain("elsewhere", b"{}"))
+    failure(hub, InvalidFormat, token="hf_test")
+    first, second = hub.requests
+    assert (first.stage, first.authorized) == ("api", True)
+    assert (second.path, second.authorized) == ("elsewhere", False)
 
 
 def test_the_client_is_imported_only_when_it_is_needed() -> None:

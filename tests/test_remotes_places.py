@@ -198,6 +198,13 @@ def test_no_secret_is_shown(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     assert "Signature" not in caplog.text
 
 
+def test_of_a_secret_in_a_long_answer_no_part_is_shown(hub: Hub) -> None:
+    hub.fault("500", BIG, headers={"X-Error-Message": "x" * 190 + TOKEN})
+    with pytest.raises(RemoteUnavailable) as caught:
+        fetched(locator(hub), tokens={hub.endpoint: TOKEN})
+    assert "x" * 190 in str(caught.value) and TOKEN[:6] not in str(caught.value)
+
+
 @pytest.mark.parametrize("token", ["hf_x\nInjected: 1", "hf_ü", "hf x", "", "hf_\x7f"])
 def test_a_token_that_cannot_be_sent_is_refused_unseen(token: str) -> None:
     with pytest.raises(UserError, match=r"the token for huggingface\.co has characters") as caught:

@@ -235,16 +235,25 @@ def test_what_the_server_refuses(hub: Hub) -> None:
     url = hub.plain("refused.gguf", DATA)
     hub.fault("401", "refused.gguf")
     failure(AccessDenied, url)
-    hub.fault("503", "refused.gguf", retry_after=9)
+    hub.fault("503", "refused.gguf", retry_after=900)
     error = failure(RemoteUnavailable, url)
-    assert isinstance(error, RemoteUnavailable) and error.retry_after == 9
+    assert isinstance(error, RemoteUnavailable) and error.retry_after == 900
     hub.fault("redirect-loop", "refused.gguf")
     failure(InvalidFormat, url)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "a.safetensors"])
+@pytest.mark.parametrize(("kind", "options"), [("429", {"retry_after": 0.2}), ("503", {}), ("drop", {})])
+def test_trouble_that_passes_is_not_seen(hub: Hub, name: str, kind: str, options: dict[str, float]) -> None:
+    url = put_index(hub, "passing", {"a": "a.safetensors"}, ("a.safetensors",))
+    fault = hub.fault(kind, f"passing/{name}", method=None, **options)  # type: ignore[arg-type]
+    assert len(listed(url).files) == 2
+    assert fault.hits == 1
+
+
 def test_a_server_that_stalls(hub: Hub) -> None:
     url = hub.plain("stalled.gguf", DATA)
-    hub.fault("stall", "stalled.gguf")
+    hub.fault("stall", "stalled.gguf", times=None)
     with pytest.raises(RemoteUnavailable, match="no byte came in time"):
         listed(url, idle_s=0.2)
 

@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from cakefs.errors import AccessDenied, CakeError, RemoteChanged, RemoteUnavailable, StoreFull
 from cakefs.model import MIB, ByteRange, Locator
 from cakefs.remotes.base import Remote, Sink, read
-from cakefs.remotes.wrap import BACKOFF_LIMIT_S, BACKOFF_S, Limit, Log, Retry
+from cakefs.remotes.wrap import BACKOFF_LIMIT_S, BACKOFF_S, SAID_S, TRIES, Limit, Log, Retry, insist
 
 DATA = bytes(range(251)) * 20000
 FILE = Locator("https://cdn.test/dir/file.bin?Signature=secret", len(DATA))
@@ -79,6 +79,12 @@ def fetch(remote: Remote, span: ByteRange = SPAN, locator: Locator = FILE) -> by
 
     data: bytes = run(main)
     return data
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with caplog.at_level(logging.DEBUG):
+        yield caplog
 
 
 def full(low: float, high: float) -> float:
@@ -217,6 +223,51 @@ def test_a_delay_beyond_all_patience_fails_at_once() -> None:
         fetch(Retry(actor, 60))
 
 
+# -- insist ------------------------------------------------------------------------------------------------------------
+
+
+def insisting(*failures: CakeError, deadline: float = 60) -> float:
+    """How long it takes to get an answer after so many failures."""
+    waiting = list(failures)
+
+    async def ask() -> str:
+        if waiting:
+            raise waiting.pop(0)
+        return "answer"
+
+    async def main() -> float:
+        with trio.fail_after(deadline):
+            assert await insist(ask) == "answer"
+        return trio.current_time()
+
+    return float(run(main))
+
+
+def test_a_question_is_asked_again_a_few_times() -> None:
+    failures = [down(str(number)) for number in range(TRIES)]
+    assert insisting(*failures[:-1]) <= BACKOFF_S * (1 + 2)
+    with pytest.raises(RemoteUnavailable, match=str(TRIES - 1)):
+        insisting(*failures)
+
+
+def test_a_question_waits_as_the_server_asks_unless_that_is_too_long() -> None:
+    assert 50 <= insisting(down(retry_after=50)) <= 50 + BACKOFF_S
+    with pytest.raises(RemoteUnavailable, match="tomorrow"):
+        insisting(down("tomorrow", retry_after=86400))
+
+
+def test_a_question_that_cannot_be_answered_is_asked_once() -> None:
+    with pytest.raises(AccessDenied):
+        insisting(AccessDenied("no"))
+
+
+def test_a_pause_is_told_when_it_begins(logged: pytest.LogCaptureFixture) -> None:
+    insisting(down("busy", retry_after=SAID_S), down("busy", retry_after=SAID_S / 2))
+    fetch(Retry(Actor(Act(0, down("full", retry_after=30)), Act()), jitter=none))
+    said = [(r.getMessage(), getattr(r, "at_once", False)) for r in logged.records]
+    assert said == [("trying again in 1 s: busy", True), ("trying again in 30 s: full", True)]
+
+
 # -- Limit -------------------------------------------------------------------------------------------------------------
 
 
@@ -294,12 +345,6 @@ def test_rate_limits_become_delay_for_everyone() -> None:
 
 
 # -- Log ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    with caplog.at_level(logging.DEBUG):
-        yield caplog
 
 
 def test_every_failure_is_logged_with_path_range_and_cause(logged: pytest.LogCaptureFixture) -> None:

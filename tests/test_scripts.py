@@ -27,6 +27,7 @@ case "$*" in
   *"pip "*) echo "pip ${all##*--no-input }" >>"$LOG"; cp "$here/true" .venv/bin/cakefs; [ ! -e "$LOG.broken" ] ;;
   *"- torch") echo torch==2.13.0 ;;
   *"- pyfuse3") echo pyfuse3 ;;
+  *dependency-groups*) echo transformers==4 tokenizers==0 ;;
 esac
 """
 APT = """#!/bin/bash
@@ -92,6 +93,12 @@ def test_the_promised_scripts_are_there() -> None:
     assert {"setup", "mount", "test", "check", "run"} <= {path.name for path in BASH_SCRIPTS}
 
 
+def test_setup_for_tests_brings_the_file_systems_that_they_make() -> None:
+    """Else the tests of reflinks skip. Read, not run: the script finds the mkfs of this machine, whatever its PATH."""
+    required = re.findall("^ *require (.*)", (ROOT / "scripts/setup").read_text(), re.M)
+    assert {"xfs", "btrfs"} <= set(" ".join(required).split())
+
+
 def test_no_script_names_a_host() -> None:
     for path in BASH_SCRIPTS:
         text = path.read_text()
@@ -122,7 +129,7 @@ def test_fresh_machine(machine: Machine) -> None:
 
 
 def ready(machine: Machine, *arguments: str) -> None:
-    for name in ("fusermount3", "mkfs.ext4", "pkg-config", "gcc"):
+    for name in ("fusermount3", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "pkg-config", "gcc"):
         machine.program(name, "#!/bin/bash\n")
     for name in ("venv", "headers"):
         Path(f"{machine.log}.{name}").touch()
@@ -148,7 +155,12 @@ def test_changed_requirements_are_installed_into_the_same_environment(machine: M
 
 def test_torch_comes_first_and_alone(machine: Machine) -> None:
     ready(machine, "--dev")
-    assert machine.done() == ["venv", "pip install torch==2.13.0", "pip install -e .[check,test,loaders,oracle]"]
+    assert machine.done() == [
+        "venv",
+        "pip install torch==2.13.0",
+        "pip install -e .[check,test,loaders,oracle]",
+        "pip install --upgrade --no-deps --target .venv/transformers-4 transformers==4 tokenizers==0",
+    ]
     machine.run("scripts/setup")
     assert machine.done() == []  # whoever can test can mount
 

@@ -140,9 +140,29 @@ def test_verified(catalog: Catalog) -> None:
     assert catalog.verified("sha256:a") == Verified(True, 1234)
     catalog.set_verified("sha256:a", False, 5678)
     assert catalog.verified("sha256:a") == Verified(False, 5678)
-    catalog.clear_verified("sha256:a")
-    catalog.clear_verified("sha256:a")
+    catalog.set_verified("sha256:a", True, 9)
+    catalog.record_seals([(SpanKey("sha256:a", 0, 5), record("xxh3:01"))])
+    catalog.forget_spans([SpanKey("sha256:a", 0, 5)])
     assert catalog.verified("sha256:a") is None
+
+
+def test_sha256s_go_with_their_blob_and_claims_stay_claims(catalog: Catalog) -> None:
+    key, sha256 = SpanKey("sha256:a", 0, 5), "ab" * 32
+    catalog.record_seals([(key, record("xxh3:01"))])
+    catalog.sha256.record({"xxh3:01": sha256, "xxh3:gone": "cd" * 32})
+    assert catalog.sha256.of(["xxh3:01", "xxh3:gone"]) == {"xxh3:01": sha256}
+    assert catalog.sha256.digests([sha256, "cd" * 32]) == {sha256: "xxh3:01"}
+    other = SpanKey("sha256:b", 3, 8)
+    catalog.sha256.put_claims([(other, sha256), (SpanKey("sha256:b", 0, 3), sha256)])
+    catalog.sha256.put_claims([(other, "ef" * 32)])
+    assert catalog.sha256.claims("sha256:b") == {(0, 3): sha256, (3, 8): "ef" * 32}
+    assert catalog.find(other) is None and catalog.spans("sha256:b") == {}
+    catalog.sha256.drop_claims([other])
+    catalog.drop_blobs(["xxh3:01"])
+    assert catalog.sha256.of(["xxh3:01"]) == {} == catalog.sha256.digests([sha256])
+    assert catalog.sha256.claims("sha256:b") == {(0, 3): sha256}
+    catalog.sha256.keep_claims(["sha256:a"])
+    assert catalog.sha256.claims("sha256:b") == {}
 
 
 def test_other_library_errors_are_ours(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,25 @@ def test_serves_what_was_written(store: Store, sealed: bool, wait: bool) -> None
         read(source, 0, 1)
 
 
+def test_what_is_in_memory_is_not_announced(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, "three", THREE)
+    store.seal([SPAN])
+    source = opened(store)
+    announced: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: announced.append((start, size)))
+    source.willneed(0, CHUNK)
+    monkeypatch.setattr(os, "preadv", refused(errno.EAGAIN))
+    source.willneed(0, CHUNK)
+    assert announced == [(0, CHUNK)]
+
+
+def refused(code: int) -> Callable[..., int]:
+    def preadv(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    return preadv
+
+
 def test_small_spans_are_served_from_the_catalog(store: Store) -> None:
     span = key("small", 700)
     store.put_span(span, data("small", 700))
@@ -125,6 +144,13 @@ def test_a_flipped_byte_is_never_served(store: Store, caplog: pytest.LogCaptureF
     store.write_chunk(SPAN, 1, chunks(THREE)[1])
     assert read(source, 0, len(THREE)) == THREE, "the repair is seen by those who have the file open"
     assert source.complete
+
+
+def test_a_good_chunk_stays_when_another_process_was_sent_other_bytes(store: Store) -> None:
+    """Which of them are wrong, the hash of the file tells: no reader has to fail."""
+    store.put_span(SPAN, THREE)
+    assert store.write_chunk(SPAN, 0, data("other", CHUNK)) is False
+    assert blob_path(store, SPAN).read_bytes() == THREE
 
 
 def test_repair_refuses_other_bytes_and_spares_good_ones(store: Store) -> None:

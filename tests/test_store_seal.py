@@ -157,7 +157,7 @@ def test_more_spans_than_descriptors(store: Store) -> None:
     spans = [write(store, f"s{i}", data(f"s{i}", 5000)) for i in range(300)]
     before = len(os.listdir("/proc/self/fd"))
     assert len(store.seal(spans)) == 300
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before  # fewer where something of an earlier test was let go meanwhile
     assert all(map(store.has, spans))
 
 

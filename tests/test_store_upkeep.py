@@ -70,7 +70,7 @@ def test_dropping_a_span_puts_its_blob_aside(store: Store) -> None:
     assert store.content(span) is None
     assert store.content(key("three", len(THREE))) is None
     assert [path.read_bytes() for path in (store.path / "quarantine").iterdir()] == [TWO]
-    assert store.usage() == (0, 0, 0)
+    assert store.usage()[:3] == (0, 0, 0) and store.usage().quarantine_bytes >= len(TWO)
     store.put_span(span, TWO)
     store.sweep()
     assert list((store.path / "quarantine").iterdir()) == []
@@ -104,7 +104,7 @@ def test_usage_and_partials(store: Store) -> None:
     sizes = dict(store.partials())
     assert list(sizes) == [flying]
     assert sizes[flying] >= len(THREE)
-    assert store.usage() == (len(TWO) + 9, 2, sizes[flying])
+    assert store.usage() == (len(TWO) + 9, 2, sizes[flying], 0)
     store.drop_partial(flying)
     store.drop_partial(flying)
     assert list(store.partials()) == []
@@ -123,6 +123,14 @@ def test_sweep_forgets_records_without_a_file(store: Store) -> None:
     blob_path(store, key("two", len(TWO))).unlink()
     store.sweep()
     assert store.catalog.blobs() == []
+
+
+def test_sweep_removes_a_copy_of_the_catalog_that_was_not_finished(store: Store) -> None:
+    unfinished = store.path / "backup/new"
+    unfinished.mkdir(parents=True)
+    (unfinished / "data.mdb").write_bytes(b"half of it")
+    store.sweep()
+    assert not unfinished.exists()
 
 
 def test_sweep_removes_empty_partials(store: Store) -> None:

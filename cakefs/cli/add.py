@@ -3,8 +3,11 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from cakefs.cli.import_command import import_what, late_bar, say_skipped
 from cakefs.cli.options import add_json_option, config_of, with_app
 from cakefs.cli.out import Out, human_size
+from cakefs.cli.substitute import add_substitute_options, run_substitute, wants_substitute
+from cakefs.errors import UserError
 
 if TYPE_CHECKING:
     from cakefs.app import App
@@ -17,6 +20,10 @@ SOURCE is one of
   https://host/dir/model.safetensors         a file of a web server
   https://host/dir/model.safetensors.index.json    an index, its shards beside it
   https://host/dir/model.gguf                any other single file
+  ./directory, /path/to/x.gguf               what is on this machine, as `cakefs import` shows it
+
+A torch checkpoint (pytorch_model.bin) is shown as model.safetensors, without running its pickle.
+Files of a Hub model that are in the cache of huggingface_hub ($HF_HUB_CACHE) are read there, once, and not fetched.
 """
 
 
@@ -26,20 +33,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--as", dest="name", metavar="NAME", help="show it under this name")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit (default: main)")
     parser.add_argument("--update", action="store_true", help="let a name that is taken stand for this from now on")
+    add_substitute_options(parser)
     add_json_option(parser)
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
-    from cakefs.engine.index import model_name
-    from cakefs.engine.sources import default_name, parse_source
+    from cakefs.engine.models.sources import local_path
 
-    source = parse_source(args.source, args.revision)
-    name = model_name(args.name or default_name(source))
-
-    async def add(app: "App") -> "Added":
-        return await app.add(source, name, update=args.update)
-
-    added = with_app(config_of(args), add)
+    if wants_substitute(args):
+        return run_substitute(args, out)
+    added = _add(args, out) if local_path(args.source) is None else _add_path(args, out)
+    name = added.manifest.name
+    for warning in added.warnings:
+        out.note(f"warning: {warning}")
     if args.json:
         out.json(_as_json(added))
         return 0
@@ -54,6 +60,29 @@ def run(args: argparse.Namespace, out: Out) -> int:
     return 0
 
 
+def _add(args: argparse.Namespace, out: Out) -> "Added":
+    from cakefs.engine.disk.adopt import Meter
+    from cakefs.engine.index import model_name
+    from cakefs.engine.models.sources import default_name, parse_source
+
+    source = parse_source(args.source, args.revision)
+    name = model_name(args.name or default_name(source))
+
+    async def add(app: "App") -> "Added":
+        with late_bar(out, "reading the cache") as show:
+            return await app.add(source, name, update=args.update, meter=Meter(show))
+
+    return with_app(config_of(args), add)
+
+
+def _add_path(args: argparse.Namespace, out: Out) -> "Added":
+    if args.revision:
+        raise UserError(f"{args.source} has no revisions", hint="leave out --revision")
+    done = import_what(args, args.source, args.name, out, update=args.update)
+    say_skipped(done.skipped, out)
+    return done.models[0]
+
+
 def _as_json(added: "Added") -> dict[str, object]:
     return {
         "name": added.manifest.name,
@@ -64,4 +93,5 @@ def _as_json(added: "Added") -> dict[str, object]:
         "local_bytes": added.local,
         "missing_bytes": added.total - added.local,
         "fetched_bytes": added.fetched,
+        "warnings": list(added.warnings),
     }

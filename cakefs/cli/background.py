@@ -67,6 +67,7 @@ def start(mountpoint: Path, flags: list[str], *, timeout_s: float = READY_TIMEOU
             answer = _wait(answers.fileno(), timeout_s)
             if answer is not None and answer.exit_code == 0:
                 _check_mounted(mountpoint)
+                child.returncode = 0  # It is to outlive us, which Popen would take for an oversight.
                 return answer
         except BaseException:
             _end(child, mountpoint, by_itself=False)
@@ -128,7 +129,7 @@ def _log_file() -> Path:
     directory = log_directory()
     log = directory / "mount.log"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # The log names models that are nobody's business.
         if log.exists() and log.stat().st_size > LOG_LIMIT:
             log.replace(directory / "mount.log.1")
     except OSError as error:

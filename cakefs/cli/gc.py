@@ -19,7 +19,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> int:
     from cakefs.engine import jobs
-    from cakefs.engine.survey import open_store
+    from cakefs.engine.known.survey import open_store
 
     with open_store(config_of(args).store) as store:
         plan = jobs.gc_plan(store) if args.dry_run else jobs.collect(store)
@@ -41,8 +41,12 @@ def _report(plan: "GcPlan", verb: str, out: Out) -> None:
     ):
         if number:
             out.line(f"  {counted(number, noun)}, {human_size(size)}")
+    if plan.set_aside:
+        out.line(f"  {human_size(plan.set_aside)} set aside as wrong or damaged")
     if plan.manifests:
         out.line(f"  {counted(len(plan.manifests), 'manifest')} of models that were removed or updated")
+    if plan.held:
+        out.note(f"kept, as a mount still serves what was removed or updated: {', '.join(plan.held)}")
 
 
 def _as_json(plan: "GcPlan", dry_run: bool) -> dict[str, object]:
@@ -52,5 +56,7 @@ def _as_json(plan: "GcPlan", dry_run: bool) -> dict[str, object]:
         "blobs": [{"digest": digest, "size": size} for digest, size in sorted(plan.blobs.items())],
         "partials": len(plan.partials),
         "partial_bytes": sum(plan.partials.values()),
+        "set_aside_bytes": plan.set_aside,
         "manifests": plan.manifests,
+        "held": plan.held,
     }

@@ -7,9 +7,11 @@ from cakefs.cli.out import Out, human_size
 
 HELP = "list the models: size, local and shared bytes, complete or verified"
 EPILOG = """\
-LOCAL   bytes that are in the store
-SHARED  the part of LOCAL that other models here use as well
-STATE   the local part, complete, or verified: every published SHA-256 was found to be right
+LOCAL     bytes that are here: in the store, or borrowed in place
+SHARED    the part of LOCAL that other models here use as well
+BORROWED  the part of LOCAL that lies in files of somebody else (`cakefs import`); only where there is any
+STATE     the local part, complete, or verified: every published SHA-256 was found to be right; and whether
+          some tensors are near-equal ones of another model (`cakefs add --substitute`), and it is pinned
 """
 
 
@@ -19,16 +21,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
-    from cakefs.engine.survey import summarize_models
+    from cakefs.engine.known.survey import summarize_models
 
     models = summarize_models(config_of(args).store)
     if args.json:
         out.json([model._asdict() for model in models])
         return 0
-    out.table(
-        ("NAME", ">SIZE", ">LOCAL", ">SHARED", "STATE"),
-        [(m.name, human_size(m.size), human_size(m.local_bytes), human_size(m.shared_bytes), m.state) for m in models],
-    )
+    sizes = {">SIZE": "size", ">LOCAL": "local_bytes", ">SHARED": "shared_bytes", ">BORROWED": "borrowed_bytes"}
+    if not any(model.borrowed_bytes for model in models):
+        del sizes[">BORROWED"]
+    rows = [
+        (m.name, *(human_size(getattr(m, field)) for field in sizes.values()), m.state + ", pinned" * m.pinned)
+        for m in models
+    ]
+    out.table(("NAME", *sizes, "STATE"), rows)
     if not models:
         out.note("no models yet")
         out.hint("cakefs add org/name")

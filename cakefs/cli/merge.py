@@ -39,7 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
-    from cakefs.engine import survey, views
+    from cakefs.engine.known import survey
+    from cakefs.engine.models import views
 
     recipe = _recipe(args)
     with survey.open_store(config_of(args).store) as store:
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
 
 
 def _recipe(args: argparse.Namespace) -> "Recipe":
-    from cakefs.engine.views import read_recipe
+    from cakefs.engine.models.views import read_recipe
     from cakefs.plan.ratio import Mode, parse_map, parse_ratios
     from cakefs.plan.recipe import ModelRef, Repeat
 

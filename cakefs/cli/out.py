@@ -17,6 +17,18 @@ Advance = Callable[[int], None]
 """Called with the number of bytes that are done in all."""
 
 
+class Counted:
+    """An `Advance` for who tells what was done since the last call."""
+
+    def __init__(self, advance: Advance) -> None:
+        self._advance = advance
+        self._done = 0
+
+    def __call__(self, size: int) -> None:
+        self._done += size
+        self._advance(self._done)
+
+
 class Out:
     """Where a command writes. Streams are looked up when used: a progress bar may have taken them over."""
 
@@ -100,7 +112,7 @@ class Out:
         Args:
             done: Bytes that were done before: they count for the bar, not for the speed.
         """
-        if self.quiet or sys.stderr is None or not sys.stderr.isatty():
+        if self.quiet or not total or sys.stderr is None or not sys.stderr.isatty():
             yield lambda completed: None
             return
         from rich import progress

@@ -8,7 +8,7 @@ from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out, counted, human_size
 
 if TYPE_CHECKING:
-    from cakefs.engine.survey import FileSummary, SourceSummary, TensorSummary
+    from cakefs.engine.known.survey import FileSummary, SourceSummary, TensorSummary
     from cakefs.model import Manifest
 
 HELP = "show a model: files, sources, revision, stack of layers; or its tensors"
@@ -22,7 +22,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
-    from cakefs.engine import survey
+    from cakefs.engine.known import survey
+    from cakefs.engine.models.ggufview import why_none
 
     with survey.open_store(config_of(args).store) as store:
         manifest = survey.find_model(store, args.model)
@@ -30,25 +31,44 @@ def run(args: argparse.Namespace, out: Out) -> int:
         files = survey.summarize_files(manifest, local)
         sources = survey.summarize_sources(store, manifest)
         tensors = survey.summarize_tensors(manifest, local) if args.tensors else []
+        no_gguf = "" if args.tensors or args.quiet else why_none(manifest, store)
+        pinned = store.catalog.models()[args.model].pinned
     if args.json:
-        out.json(_as_json(manifest, files, sources, tensors if args.tensors else None))
+        facts = {"pinned": pinned, "no_gguf": no_gguf}
+        out.json(_as_json(manifest, files, sources, tensors if args.tensors else None) | facts)
     elif args.tensors:
         _show_tensors(tensors, out)
     else:
-        _show_files(manifest, files, sources, out)
+        _show_files(manifest, files, sources, no_gguf, out, pinned=pinned)
     return 0
 
 
-def _show_files(manifest: "Manifest", files: list["FileSummary"], sources: list["SourceSummary"], out: Out) -> None:
+def _show_files(
+    manifest: "Manifest",
+    files: list["FileSummary"],
+    sources: list["SourceSummary"],
+    no_gguf: str,
+    out: Out,
+    *,
+    pinned: bool,
+) -> None:
+    from cakefs.plan.derived import is_derived
+
     shown = [f for f in files if f.in_model]
     if not out.quiet:
-        size, local = sum(f.size for f in shown), sum(f.local_bytes for f in shown)
+        own = [f for f in shown if not is_derived(manifest, f.path)]
+        size, local = sum(f.size for f in own), sum(f.local_bytes for f in own)
         out.line(f"name      {manifest.name}")
         out.line(f"origin    {manifest.origin}")
+        if manifest.substituted:
+            out.line(f"          SUBSTITUTED: {manifest.substituted}; this is not what was published")
         if manifest.revision:
             out.line(f"revision  {manifest.revision} ({manifest.requested})")
-        out.line(f"added     {time.strftime('%Y-%m-%d %H:%M', time.localtime(manifest.created))}")
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(manifest.created))
+        out.line(f"added     {day}{', pinned' * pinned}")
         out.line(f"size      {human_size(size)}, {human_size(local)} local, {counted(len(manifest.tensors), 'tensor')}")
+        if no_gguf:
+            out.line(f"no GGUF   {no_gguf}")
         out.line("")
         _show_stack(manifest, out)
     out.table(("FILE", ">SIZE", ">LOCAL"), [(f.path, human_size(f.size), human_size(f.local_bytes)) for f in shown])
@@ -56,9 +76,16 @@ def _show_files(manifest: "Manifest", files: list["FileSummary"], sources: list[
         return
     out.line("")
     out.table(
-        ("SOURCE", ">SIZE", "SHA-256", "IDENTITY"),
-        [(s.path, human_size(s.size), VERIFIED[s.verified] if s.sha256 else "-", s.identity) for s in sources],
+        ("SOURCE", ">SIZE", "SHA-256", "TENSORS", "IDENTITY"),
+        [
+            (s.path, human_size(s.size), VERIFIED[s.verified] if s.sha256 else "-", _dtypes(s), s.identity)
+            for s in sources
+        ],
     )
+
+
+def _dtypes(source: "SourceSummary") -> str:
+    return ", ".join(f"{count} {dtype}" for dtype, count in source.dtypes.items()) or "-"
 
 
 def _show_stack(manifest: "Manifest", out: Out) -> None:
@@ -71,10 +98,12 @@ def _show_stack(manifest: "Manifest", out: Out) -> None:
 
 
 def _show_tensors(tensors: list["TensorSummary"], out: Out) -> None:
+    several = len({t.source for t in tensors}) > 1
     out.table(
-        ("TENSOR", "DTYPE", "SHAPE", ">SIZE", ">LOCAL", "DIGEST"),
+        ("TENSOR", "DTYPE", "SHAPE", ">SIZE", ">LOCAL", "DIGEST", *(["FILE"] if several else [])),
         [
             (t.name, t.dtype, "x".join(map(str, t.shape)), human_size(t.size), human_size(t.local_bytes), t.digest)
+            + ((t.source,) if several else ())
             for t in tensors
         ],
     )
@@ -88,7 +117,8 @@ def _as_json(
 ) -> dict[str, object]:
     from cakefs.cli.stack import stack_as_json
 
-    facts = {name: getattr(manifest, name) for name in ("name", "origin", "revision", "requested", "created")}
+    names = ("name", "origin", "revision", "requested", "created", "substituted")
+    facts = {name: getattr(manifest, name) for name in names}
     lists: dict[str, object] = {
         "files": [f._asdict() for f in files],
         "sources": [s._asdict() for s in sources],

@@ -7,7 +7,7 @@ from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out, counted, human_size
 
 if TYPE_CHECKING:
-    from cakefs.engine.views import Made
+    from cakefs.engine.models.views import Made
 
 HELP = "show some layers of a model as a model of their own"
 EPILOG = """\
@@ -23,7 +23,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="name as `cakefs ls` shows it")
     parser.add_argument("--layers", metavar="L", required=True, help="such as 0-15,20: both ends included")
     parser.add_argument("--with-embeddings", action="store_true", help="also what stands before the layers")
-    parser.add_argument("--with-head", action="store_true", help="also the final norm and the head")
+    parser.add_argument(
+        "--with-head", action="store_true", help="also the final norm and the head; with both, all that is no layer"
+    )
     parser.add_argument("--renumber", action="store_true", help="count the layers from 0 and fit the config to them")
     add_view_options(parser)
 
@@ -37,15 +39,14 @@ def add_view_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: Out) -> int:
-    from cakefs.engine import survey, views
-    from cakefs.plan.layers import parse_layers
+    from cakefs.engine.known import survey
+    from cakefs.engine.models import views
 
-    layers = parse_layers(args.layers)
     with survey.open_store(config_of(args).store) as store:
         made = views.slice_model(
             store,
             args.model,
-            layers,
+            args.layers,
             args.name,
             prefix=args.prefix,
             with_embeddings=args.with_embeddings,

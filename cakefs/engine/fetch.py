@@ -6,14 +6,15 @@ that a reader waits for go first; readahead and pull use what is left, and alway
 
 import itertools
 import logging
+import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from enum import IntEnum
 
 import msgspec
 import trio
 
-from cakefs.engine.messages import (
+from cakefs.engine.transfer.flights import Counters, Failures, Flight, Pending, Priority
+from cakefs.engine.transfer.messages import (
     SPARE_CONNECTIONS,
     Arrived,
     Confirmed,
@@ -24,71 +25,23 @@ from cakefs.engine.messages import (
     Report,
     Settings,
     error_of,
-    job_chunks,
 )
-from cakefs.engine.workers import WorkerProcess
-from cakefs.errors import CakeError, RemoteUnavailable
+from cakefs.engine.transfer.workers import WorkerProcess
+from cakefs.errors import CakeError, RemoteChanged, RemoteUnavailable
 from cakefs.model import CHUNK, MIB, Manifest, Source, SpanKey
 from cakefs.plan.requests import ChunkRef, range_requests
-from cakefs.remotes.answers import shown
+from cakefs.remotes.files import HINT, file_path
 
 log = logging.getLogger(__name__)
 
 DEMAND_RESERVE = 2  # Requests that readahead leaves free for the next reader.
 MAX_DEATHS = 3  # A job that outlives this many processes is held to be what kills them.
 UNKEPT_LIMIT = 64 * MIB  # Chunks held in memory because the store is full.
+FULL_S = 5.0  # How long after a chunk that could not be kept nothing is fetched ahead.
 READER_MARGIN_S = 5.0  # Beyond the budget of a job, for queueing.
-
-
-class Priority(IntEnum):
-    DEMAND = 0
-    AHEAD = 1
-
-
-class Pending:
-    """A chunk on its way."""
-
-    __slots__ = ("error", "event", "flight", "size")
-
-    def __init__(self, flight: "Flight", size: int) -> None:
-        self.flight = flight
-        self.size = size
-        self.event: trio.Event | None = None
-        self.error: CakeError | None = None
-
-    async def wait(self) -> None:
-        """Raises what the flight failed with."""
-        if self.event is None:
-            self.event = trio.Event()
-        await self.event.wait()
-        if self.error is not None:
-            raise type(self.error)(self.error.message, hint=self.error.hint)
-
-
-class Flight:
-    """A job and what of it has not arrived yet."""
-
-    __slots__ = ("chunks", "deaths", "job", "left", "priority", "queued")
-
-    def __init__(self, job: FetchJob, priority: Priority) -> None:
-        self.job = job
-        self.chunks: list[JobChunk] = job_chunks(job)
-        self.left = set(range(len(self.chunks)))
-        self.priority = priority
-        self.queued = True
-        self.deaths = 0
-
-
-class Counters:
-    """What `status` shows of the network; only ever grows."""
-
-    def __init__(self) -> None:
-        self.bytes_fetched = 0
-        self.flights = 0
-        self.failures = 0
-        self.worker_deaths = 0
-        self.confirmed = 0
-        self.refuted = 0
+# How long a reader waits for a chunk that others just waited for in vain. The kernel lets those who want the same page
+# ask one after the other, and each twice: ten of them would wait for twenty budgets.
+AGAIN_S = 5.0
 
 
 class Fetcher:
@@ -110,10 +63,13 @@ class Fetcher:
         self._running_ahead = 0
         self._ids = itertools.count(1)
         self._unkept: OrderedDict[tuple[SpanKey, int], bytes] = OrderedDict()
+        self._failures = Failures(settings.read_timeout_s)
+        self._full_until = -math.inf
         self._room = trio.Condition()
         self._idle: dict[WorkerProcess, trio.Event] = {}
         self._nursery: trio.Nursery | None = None
         self.counters = Counters()
+        self.find_tokens: Callable[[], dict[str, str]] = dict  # Asked for when the transfer processes start.
         self.on_refuted: Callable[[str], None] = lambda identity: None  # Called when bytes failed their SHA-256.
 
     # -- life ------------------------------------------------------------------------------------------------------
@@ -136,6 +92,7 @@ class Fetcher:
         """Starts the transfer processes now rather than with the first job (0.5 s of imports)."""
         if self._nursery is None or self._idle or self._offline:
             return
+        self.use_tokens(self.find_tokens())
         for worker in self._workers:
             self._idle[worker] = trio.Event()
             self._nursery.start_soon(worker.supervise)
@@ -165,13 +122,16 @@ class Fetcher:
         if new:
             if self._offline:
                 source = manifest.sources[manifest.spans[new[0].span].source]
+                if (path := file_path(source.locator.url)) is not None:
+                    raise RemoteChanged(f"{path} is gone or has changed since it became {manifest.name}", hint=HINT)
                 raise RemoteUnavailable(f"{source.path} of {manifest.name} is not all local, and cakefs is offline")
             pendings += self._depart(manifest, new, priority, soon)
         return pendings
 
     def want_ahead(self, manifest: Manifest, refs: Sequence[ChunkRef], *, soon: bool) -> None:
-        """Asks for what nobody waits for yet; nothing happens offline."""
-        if not self._offline:
+        """Asks for what nobody waits for yet; nothing happens offline, nor while what comes cannot be kept: it would
+        push out of memory what somebody does wait for."""
+        if not self._offline and trio.current_time() >= self._full_until:
             self.want(manifest, refs, Priority.AHEAD, soon=soon)
 
     async def wait(self, manifest: Manifest, pendings: Sequence[Pending]) -> None:
@@ -181,11 +141,14 @@ class Fetcher:
             CakeError: The first failure among their flights; RemoteUnavailable when they take too long.
         """
         budget = self._settings.read_timeout_s + READER_MARGIN_S
+        earlier = next((pending.earlier for pending in pendings if pending.earlier is not None), None)
         try:
-            with trio.fail_after(budget):
+            with trio.fail_after(min(AGAIN_S, budget) if earlier else budget):
                 for pending in pendings:
                     await pending.wait()
         except trio.TooSlowError:
+            if earlier is not None:
+                raise type(earlier)(earlier.message, hint=earlier.hint) from None
             raise RemoteUnavailable(f"bytes of {manifest.name} did not come within {budget:.0f} s") from None
 
     async def wait_for_room(self, ahead: int) -> None:
@@ -200,6 +163,11 @@ class Fetcher:
             if worker.pid is not None:
                 worker.flush()
                 await idle.wait()
+
+    @property
+    def limit(self) -> int:
+        """Bytes that the store may take; 0 for no limit."""
+        return self._settings.limit
 
     def look(self, sources: Iterable[Source]) -> None:
         """Has what an earlier process left undone of upstream files sealed and confirmed, if any process runs."""
@@ -232,7 +200,7 @@ class Fetcher:
             self._flights[job.id] = flight
             flights.append(flight)
             for chunk in flight.chunks:
-                pending = Pending(flight, chunk.stop - chunk.start)
+                pending = Pending(flight, chunk.stop - chunk.start, self._failures.earlier(chunk))
                 self._pending[chunk.key, chunk.chunk] = pending
                 pendings.append(pending)
         queue = self._queues[priority]
@@ -256,14 +224,22 @@ class Fetcher:
         self._dispatch()
 
     def _dispatch(self) -> None:
-        """Gives queued flights to the least busy processes, while there is room."""
+        """Gives queued flights to the processes, while there is room."""
         self.start()
         while (flight := self._next()) is not None:
             self._queues[flight.priority].remove(flight)
             flight.queued = False
             self._running_ahead += flight.priority is Priority.AHEAD
             self.counters.flights += 1
-            min(self._workers, key=lambda w: (not w.alive, len(w.jobs))).submit(flight.job)
+            self._best_for(flight.job).submit(flight.job)
+
+    def _best_for(self, job: FetchJob) -> WorkerProcess:
+        """One that was sent to that file before, unless it is busy: another first has to ask where the bytes are."""
+        most = self._settings.connections
+        return min(
+            self._workers,
+            key=lambda w: (not w.alive, len(w.jobs) >= most, job.identity not in w.knows, len(w.jobs)),
+        )
 
     def _next(self) -> Flight | None:
         """Demand first. No file gets all connections, and one with a waiting reader gets its first beyond them if need
@@ -299,6 +275,7 @@ class Fetcher:
             return
         flight.left.discard(report.index)
         chunk = flight.chunks[report.index]
+        self._failures.forget(chunk)
         self.counters.bytes_fetched += chunk.stop - chunk.start
         if report.data is not None:
             self._hold(chunk, report.data)
@@ -306,6 +283,7 @@ class Fetcher:
 
     def _hold(self, chunk: JobChunk, data: bytes) -> None:
         """The store is full: readers are served from memory, which is said once."""
+        self._full_until = trio.current_time() + FULL_S
         if not self._unkept:
             log.warning("the store is full: what does not fit is fetched, served and not kept")
         self._unkept[chunk.key, chunk.chunk] = data
@@ -332,9 +310,13 @@ class Fetcher:
             error = RemoteUnavailable(f"{_words(flight.job)} ended before all of it came")
         if error is not None:
             self.counters.failures += 1
-            log.warning("%s", error)
+            # Retries that were in vain name the range by themselves.
+            what = "" if isinstance(error, RemoteUnavailable) else f"{_words(flight.job)}: "
+            log.warning("%s%s", what, error)
         for index in flight.left:
             self._settle(flight.chunks[index], error)
+            if isinstance(error, RemoteUnavailable):
+                self._failures.remember(flight.chunks[index], error)
 
     def _settle(self, chunk: JobChunk, error: CakeError | None) -> None:
         pending = self._pending.pop((chunk.key, chunk.chunk), None)
@@ -372,4 +354,6 @@ class Fetcher:
 
 
 def _words(job: FetchJob) -> str:
+    from cakefs.remotes.answers import shown  # httpx, 0.2 s: only for who has something to tell
+
     return f"bytes {job.start}-{job.stop} of {shown(job.locator.url)}"

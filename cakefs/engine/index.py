@@ -5,39 +5,29 @@
 Headers and small files are spans like any other: what another model brought is not fetched again.
 """
 
-import hashlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-import trio
-
-from cakefs.engine.local import stream
-from cakefs.engine.survey import Local, Shown
+from cakefs.engine.known.survey import Local, Shown
+from cakefs.engine.models.ggufview import fetch_tokenizers, show_gguf
+from cakefs.engine.models.upstream import Unreadable, Upstream
 from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CorruptData, InvalidFormat, NotFound, UserError
-from cakefs.formats import safetensors, sharded
-from cakefs.model import (
-    MIB,
-    SMALL_FILE_LIMIT,
-    ByteRange,
-    File,
-    Listing,
-    Locator,
-    Manifest,
-    Published,
-    SpanKey,
-    View,
-)
-from cakefs.plan.compose import build_manifest
-from cakefs.plan.present import is_safetensors, wanted_indexes
-from cakefs.remotes.base import Remote, read
+from cakefs.formats import sharded
+from cakefs.formats.torchckpt import is_index
+from cakefs.model import SMALL_FILE_LIMIT, File, Listing, Manifest, Published, View
+from cakefs.plan.compose import Header, build_manifest
+from cakefs.plan.derived import own_files
+from cakefs.plan.gguf_compose import is_gguf, split_sets
+from cakefs.plan.present import checkpoint_files, is_safetensors, main_files, wanted_checkpoints, wanted_indexes
+from cakefs.remotes.base import Remote
 from cakefs.store.store import Store
 
 GUESS_BUDGET = 64 * 1024  # Bytes fetched in the hope that they hold the header, over all files of a model.
 GUESS_LIMIT = 32 * 1024
-AT_ONCE = 16  # Requests for headers and small files on their way together.
+ORIGINAL_ONLY = "shown under .cakefs/original only"
 
 
 class Added(NamedTuple):
@@ -47,6 +37,7 @@ class Added(NamedTuple):
         changed: False when the name stood for the very same manifest before.
         fetched: Bytes that came over the network for it.
         total: Bytes of the model directory's files; `local` of them are in the store, `shared` by other models' doing.
+        warnings: What of the repository is shown otherwise than the user may expect, and why.
     """
 
     manifest: Manifest
@@ -55,6 +46,7 @@ class Added(NamedTuple):
     fetched: int
     total: int
     local: int
+    warnings: tuple[str, ...] = ()
 
 
 class Indexer:
@@ -67,8 +59,8 @@ class Indexer:
     def __init__(self, store: Store, remote: Remote) -> None:
         self._store = store
         self._remote = remote
-        self._fetched = 0
-        self._limit = trio.CapacityLimiter(AT_ONCE)
+        self._upstream = Upstream(store, remote)
+        self._warnings: list[str] = []
 
     async def add(self, listing: Listing, name: str, *, update: bool = False) -> Added:
         """Stores what is needed to show the model, then its name; a failure leaves no name behind.
@@ -77,43 +69,108 @@ class Indexer:
             update: Let a name that stands for something else now stand for this.
 
         Raises:
-            CakeError: UserError for a name that is taken, InvalidFormat for a header or index that breaks its format,
-                and whatever the remote raises.
+            CakeError: As `compose` and `put`.
         """
-        self._fetched = 0
-        indexes = set(wanted_indexes([p.path for p in listing.files]))
-        tensors = [p for p in listing.files if is_safetensors(p.path)]
-        whole = [p for p in listing.files if not is_safetensors(p.path) and _is_wanted_whole(p, indexes)]
+        return self.put(await self.compose(listing, name), update=update)
+
+    async def compose(self, listing: Listing, name: str) -> Manifest:
+        """The manifest; headers and small files are in the store then.
+
+        Raises:
+            CakeError: InvalidFormat for a header or index of the safetensors of the model that breaks its format, and
+                whatever the remote raises.
+        """
+        self._upstream, self._warnings = Upstream(self._store, self._remote), []
+        files = {published.path: published for published in listing.files}
+        checkpoints = wanted_checkpoints(files)
+        try:
+            indexes = await self._indexes(files, checkpoints)
+            headers = await self._headers(files, indexes, checkpoints)
+            put, warn = self._store.put_literal, self._warnings.append
+            manifest = build_manifest(name, listing, headers, indexes, int(time.time()), put, warn)
+            await fetch_tokenizers(manifest, self._store, lambda path: self._upstream.whole(files[path]))
+            return show_gguf(manifest, self._store, put)
+        except InvalidFormat as error:  # it names the file, and every model has one of that name
+            raise InvalidFormat(f"{name}: {error.message}", hint=error.hint) from error
+
+    async def _indexes(
+        self, files: Mapping[str, Published], checkpoints: Mapping[str, str]
+    ) -> dict[str, sharded.Index]:
+        """Those that files are merged by; one of torch checkpoints that is broken is a warning, and left out."""
+        of_torch = [path for path in checkpoints.values() if is_index(path)]
+        wanted = [*wanted_indexes(files), *of_torch]
         bodies: dict[str, bytes] = {}
-        headers: dict[str, safetensors.Header] = {}
-        guess = min(GUESS_LIMIT, GUESS_BUDGET // max(1, len(tensors)))
 
-        async def fetch_whole(published: Published) -> None:
-            bodies[published.path] = await self._whole(published)
+        async def fetch(path: str) -> None:
+            if files[path].size <= sharded.INDEX_LIMIT:
+                bodies[path] = await self._upstream.whole(files[path])
 
-        async def fetch_header(published: Published) -> None:
-            headers[published.path] = await self._header(published, guess)
+        await _each(fetch, wanted)
+        indexes: dict[str, sharded.Index] = {}
+        for path in wanted:
+            try:
+                if path not in bodies:
+                    raise InvalidFormat(f"{path}: an index of {files[path].size} bytes")
+                indexes[path] = sharded.parse_index(bodies[path], path)
+            except InvalidFormat as error:
+                if path not in of_torch:
+                    raise
+                self._warnings.append(f"{path} and its shards are {ORIGINAL_ONLY}: {error.message}")
+        return indexes
 
-        await _each(fetch_whole, whole)
-        parsed = {path: sharded.parse_index(bodies[path], path) for path in indexes}
-        await _each(fetch_header, tensors)
-        manifest = build_manifest(name, listing, headers, parsed, int(time.time()), self._store.put_literal)
-        return self._put(manifest, update=update)
+    async def _headers(
+        self, files: Mapping[str, Published], indexes: Mapping[str, sharded.Index], checkpoints: Mapping[str, str]
+    ) -> dict[str, Header]:
+        """What can be read of large files; small ones are in the store afterwards.
 
-    def _put(self, manifest: Manifest, *, update: bool) -> Added:
+        A file that is no part of a model's own safetensors and breaks its format is a warning, and left out.
+        """
+        main, torch = main_files(files, indexes), checkpoint_files(checkpoints, indexes)
+        tensors = sum(map(is_safetensors, files))
+        guess = min(GUESS_LIMIT, GUESS_BUDGET // max(1, tensors))
+        headers: dict[str, Header] = {}
+        problems: dict[str, tuple[str, str]] = {}  # not the errors: what they were raised in is megabytes
+        ggufs = sorted((path for path in files if is_gguf(path)), key=lambda path: (files[path].size, path))
+        parts = {part for split in split_sets(ggufs).values() for part in split}
+
+        async def look(path: str) -> None:
+            published, upstream = files[path], self._upstream
+            try:
+                if is_safetensors(path):
+                    headers[path] = await upstream.safetensors_header(published, guess)
+                elif is_gguf(path):
+                    headers[path] = await upstream.gguf_header(published, whole=path in parts)
+                elif path in torch:
+                    headers[path] = await upstream.checkpoint(published)
+                elif published.size <= SMALL_FILE_LIMIT:
+                    await upstream.whole(published)
+            except Unreadable as error:
+                problems[path] = error.message, error.hint
+
+        for path in ggufs[-1:]:  # by it the headers of the others are read
+            await look(path)
+        await _each(look, [path for path in files if path not in ggufs[-1:]])
+        for path, (message, hint) in sorted(problems.items()):
+            if path in main:
+                raise InvalidFormat(message, hint=hint)
+            self._warnings.append(f"{path} is {ORIGINAL_ONLY if path in torch else 'shown as it is'}: {message}")
+        return headers
+
+    def put(self, manifest: Manifest, *, update: bool = False) -> Added:
+        """Shows the model under its name. Raises UserError for a name that is taken."""
         catalog, changed = self._store.catalog, True
         before = catalog.models().get(manifest.name)
         old = self._readable(before.manifest) if before is not None else None
         if old is not None:
             if same_model(old, manifest):
                 manifest, changed = old, False
-            elif not update:
+            elif not update and not _has_grown(old, manifest):
                 raise _taken(old, manifest)
         check_place(self._store, manifest)
         manifest_id = before.manifest if before and not changed else catalog.put_model(manifest)
         shown = Shown(manifest)
         local = shown.local_bytes(Local.of_model(self._store, manifest))
-        return Added(manifest, manifest_id, changed, self._fetched, shown.size, local)
+        return Added(manifest, manifest_id, changed, self._upstream.fetched, shown.size, local, tuple(self._warnings))
 
     def _readable(self, manifest_id: str) -> Manifest | None:
         """None for one that is damaged: adding the model again is what mends it."""
@@ -122,92 +179,23 @@ class Indexer:
         except (CorruptData, InvalidFormat, NotFound):
             return None
 
-    async def _whole(self, published: Published) -> bytes:
-        """A small file, checked against its published hash where there is one."""
-        key = SpanKey(published.identity, 0, published.size)
-        if published.size == 0:
-            return b""
-        known = self._known(key)
-        if known is not None:
-            return known
-        data = await self._fetch(published, 0, published.size)
-        check_published(published, data)
-        self._store.put_span(key, data)
-        return data
 
-    async def _header(self, published: Published, guess: int) -> safetensors.Header:
-        """The header of a safetensors file, in one request when the guess is large enough, else in two."""
-        known = self._known_header(published)
-        if known is not None:
-            return known
-        if published.size < 8:
-            raise InvalidFormat(f"{published.path}: {published.size} bytes is too short for safetensors")
-        data = await self._fetch(published, 0, min(max(guess, 8), published.size))
-        size = safetensors.header_size(data[:8], published.path)
-        if size > published.size:
-            raise InvalidFormat(f"{published.path}: header of {size} bytes in a file of {published.size}")
-        if size > len(data):
-            data += await self._fetch(published, len(data), size)
-        header = safetensors.parse_header(data[:size], published.size, published.path)
-        self._store.put_span(SpanKey(published.identity, 0, size), data[:size])
-        return header
-
-    def _known_header(self, published: Published) -> safetensors.Header | None:
-        """The header of the same file in another model."""
-        for start, stop in self._store.catalog.spans(published.identity):
-            if start == 0 and (data := self._known(SpanKey(published.identity, 0, stop), safetensors.HEADER_LIMIT)):
-                try:
-                    return safetensors.parse_header(data, published.size, published.path)
-                except InvalidFormat:
-                    continue
-        return None
-
-    def _known(self, key: SpanKey, limit: int = 64 * MIB) -> bytes | None:
-        if key.size > limit or not self._store.has(key):
-            return None
-        try:
-            return b"".join(bytes(piece) for piece in stream(self._store, key, memoryview(bytearray(MIB))))
-        except CorruptData:
-            self._store.drop_span(key)
-            return None
-
-    async def _fetch(self, published: Published, start: int, stop: int) -> bytes:
-        locator = Locator(published.url, published.size, published.validator)
-        async with self._limit:
-            data = await read(self._remote, locator, ByteRange(start, stop))
-        self._fetched += len(data)
-        return data
-
-
-async def _each(function: Callable[[Published], Awaitable[None]], items: Iterable[Published]) -> None:
+async def _each(function: Callable[[str], Awaitable[None]], items: Iterable[str]) -> None:
     """Runs an async function over all items together."""
     async with open_flat_nursery() as nursery:
         for item in items:
             nursery.start_soon(function, item)
 
 
-def _is_wanted_whole(published: Published, indexes: set[str]) -> bool:
-    if published.path in indexes and published.size > sharded.INDEX_LIMIT:
-        raise InvalidFormat(f"{published.path}: an index of {published.size} bytes")
-    return published.size <= SMALL_FILE_LIMIT or published.path in indexes
-
-
-def check_published(published: Published, data: bytes) -> None:
-    """Raises CorruptData where whole-file bytes do not have the hash that the listing names them by."""
-    algorithm, _, expected = published.identity.partition(":")
-    if algorithm == "git":
-        actual = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-    elif published.sha256:
-        expected, actual = published.sha256, hashlib.sha256(data).hexdigest()
-    else:
-        return
-    if actual != expected:
-        raise CorruptData(f"{published.path}: the bytes that came do not have the published hash", hint="try again")
-
-
 def same_model(a: Manifest, b: Manifest) -> bool:
     """Whether two manifests show the same content at the same revision; only the day of adding may differ."""
     return (a.origin, a.revision, a.sources, a.spans, a.files) == (b.origin, b.revision, b.sources, b.spans, b.files)
+
+
+def _has_grown(old: Manifest, new: Manifest) -> bool:
+    """Whether the one is the same revision with further files: it was added from a cache that had not all of them."""
+    same = old.revision and (old.origin, old.revision) == (new.origin, new.revision)
+    return bool(same) and {*old.sources} < {*new.sources}
 
 
 def _taken(old: Manifest, new: Manifest) -> UserError:
@@ -240,5 +228,5 @@ def model_name(name: str) -> str:
 
 def chosen_files(manifest: Manifest, patterns: Sequence[str]) -> list[File]:
     """Files of the model directory whose path matches any of the globs; all without a glob."""
-    files = manifest.shown(View.MODEL).items()
+    files = (manifest.shown(View.MODEL) if patterns else own_files(manifest)).items()
     return [file for path, file in files if not patterns or any(fnmatchcase(path, p) for p in patterns)]

@@ -1,27 +1,32 @@
 """The long jobs: pull, verify, gc. Each plans over the catalog, then acts, and reports progress to a callback."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import trio
 
-from cakefs.engine.confirm import confirm_source
-from cakefs.engine.fetch import Fetcher, Pending, Priority
+from cakefs.engine.evict import prepare_room
+from cakefs.engine.fetch import Fetcher
+from cakefs.engine.known import claims
 from cakefs.engine.local import stream
 from cakefs.engine.tasks import open_flat_nursery
+from cakefs.engine.transfer.confirm import confirm_source
+from cakefs.engine.transfer.flights import Pending, Priority
+from cakefs.engine.transfer.quota import left_free
 from cakefs.errors import CorruptData, NotFound, StoreFull
-from cakefs.model import CHUNK, MIB, File, Literal, Manifest, SpanKey, leaves
+from cakefs.model import MIB, File, Literal, Manifest, SpanKey, leaves
 from cakefs.plan.collect import GcPlan, plan_gc
-from cakefs.plan.requests import ChunkRef, span_chunks
+from cakefs.plan.requests import ChunkRef, batches, chunk_size, gaps, span_chunks
+from cakefs.store.borrowing import Borrowing
 from cakefs.store.store import LITERAL, Store
 
 Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
 
-BATCH_BYTES = 64 * MIB  # Asked for at once by pull: enough to coalesce, little enough that the progress bar moves.
-BATCH_CHUNKS = 4096  # The same for many small tensors.
 ROUNDS = 2  # What turns out wrong is fetched once more.
 QUEUED = 8  # Flights queued behind the running ones, so that no connection waits for the planner.
+RATE_BYTES = 16 * MIB  # A transfer that says how fast the line is moves at least this much.
 
 
 class Repair(NamedTuple):
@@ -41,9 +46,18 @@ class Repair(NamedTuple):
 
 
 def file_spans(manifest: Manifest, files: Iterable[File]) -> list[int]:
-    """The spans that the files consist of, each once, in the order of their bytes upstream."""
+    """The spans of the files and the `gaps` between them, each content once, in the order of their bytes upstream."""
     spans = {s.span for f in files for segment in f.segments for s in leaves(segment) if s.size}
-    return sorted(spans, key=lambda i: (manifest.spans[i].source, manifest.spans[i].start))
+    return in_order(manifest, spans | gaps(manifest, spans))
+
+
+def in_order(manifest: Manifest, spans: Iterable[int]) -> list[int]:
+    """As a pull takes them; of several with the same bytes (a file that is published twice) one."""
+    ordered = sorted(spans, key=lambda i: (manifest.spans[i].source, manifest.spans[i].start))
+    first: dict[SpanKey, int] = {}
+    for span in ordered:
+        first.setdefault(manifest.key(span), span)
+    return list(first.values())
 
 
 def missing_chunks(store: Store, manifest: Manifest, span: int) -> list[ChunkRef]:
@@ -58,9 +72,21 @@ def missing_chunks(store: Store, manifest: Manifest, span: int) -> list[ChunkRef
 
 
 async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequence[File], progress: Progress) -> int:
-    """Fetches what is missing of the files, seals it and confirms the upstream files that are complete.
+    """As `pull_spans`, for all that the files consist of."""
+    return await pull_spans(store, fetcher, manifest, file_spans(manifest, files), progress)
 
-    Takes up whatever a process that ended left: parts, whole tensors not sealed, whole files not confirmed.
+
+async def pull_spans(
+    store: Store, fetcher: Fetcher, manifest: Manifest, spans: Sequence[int], progress: Progress
+) -> int:
+    """Fetches what is missing of spans, seals it and confirms the upstream files that are complete. Where one is wrong
+    all of it was dropped: what had been here of it is fetched again, too.
+
+    Takes up whatever a process that ended left: parts, whole tensors not sealed, whole files not confirmed. What is
+    here under another name, by somebody's claim, is not fetched where the claim can be proved (`engine/claims.py`).
+
+    Args:
+        spans: In the order of `in_order`.
 
     Returns:
         Bytes that were fetched.
@@ -69,29 +95,65 @@ async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequen
         StoreFull: Not all of it could be kept.
         CorruptData: What came is wrong, and was so again; it was dropped.
     """
-    spans = file_spans(manifest, files)
+    await trio.to_thread.run_sync(Borrowing(store).forget_lost)
     left = _unsealed(store, manifest, spans)
+    sources = {manifest.spans[span].source for span in spans}
+    beside = _sealed_of(store, manifest, sources)
+    if fetcher.limit:
+        wanted = sum(chunk_size(manifest, ref) for span in left for ref in missing_chunks(store, manifest, span))
+        here = [manifest.key(span) for span in set(spans) - set(left)]
+        room = partial(prepare_room, store, wanted, here, fetcher.limit, spare=left_free(fetcher.limit))
+        await trio.to_thread.run_sync(room)
     progress(sum(manifest.spans[span].size for span in set(spans) - set(left)))
+    planned = await trio.to_thread.run_sync(claims.plan, store, manifest, left)
     fetched = 0
+    if planned.spared:
+        fetched += await _fetch_and_seal(store, fetcher, manifest, planned.fetch, progress)
+        await trio.to_thread.run_sync(claims.settle, store, manifest, planned)
+        left = _unsealed(store, manifest, left)
     for _ in range(ROUNDS):
-        fetched += await _fetch(store, fetcher, manifest, left, progress)
-        await fetcher.flush()
-        _check_kept(store, fetcher)
-        unsealed = [manifest.key(span) for span in _unsealed(store, manifest, left)]
-        await trio.to_thread.run_sync(store.seal, unsealed)
-        await trio.to_thread.run_sync(_confirm, store, manifest, {manifest.spans[span].source for span in spans})
-        left = _unsealed(store, manifest, spans)
+        fetched += await _fetch_and_seal(store, fetcher, manifest, left, progress)
+        await trio.to_thread.run_sync(_confirm, store, manifest, sources)
+        wrong = {source for source in sources if _is_wrong(store, manifest, source)}
+        dropped = [span for span in beside if manifest.spans[span].source in wrong]  # with what this pull brought
+        left = _unsealed(store, manifest, in_order(manifest, [*spans, *dropped]))
         if not left:
             return fetched
-    paths = sorted({manifest.sources[manifest.spans[span].source].path for span in left})
-    raise CorruptData(f"what came of {', '.join(paths)} is not what was published, and was dropped", hint="pull again")
+    paths = {manifest.spans[span].source: manifest.sources[manifest.spans[span].source].path for span in left}
+    refuted = ", ".join(sorted(path for source, path in paths.items() if source in wrong))
+    if refuted:
+        raise CorruptData(f"what came of {refuted} is not what was published, and was dropped", hint="pull again")
+    gone = ", ".join(sorted(paths.values()))
+    raise StoreFull(f"bytes of {gone} went as they came: evicted by others, or damaged on disk", hint="pull again")
 
 
-async def _fetch(store: Store, fetcher: Fetcher, manifest: Manifest, spans: list[int], progress: Progress) -> int:
+async def _fetch_and_seal(
+    store: Store, fetcher: Fetcher, manifest: Manifest, spans: Sequence[int], progress: Progress
+) -> int:
+    began = trio.current_time()
+    fetched = await _fetch(store, fetcher, manifest, spans, progress)
+    if fetched >= RATE_BYTES:
+        store.catalog.numbers.set_rate(round(fetched / (trio.current_time() - began)))
+    await fetcher.flush()
+    _check_kept(store, fetcher)
+    unsealed = [manifest.key(span) for span in _unsealed(store, manifest, spans)]
+    await trio.to_thread.run_sync(store.seal, unsealed)
+    return fetched
+
+
+async def _fetch(store: Store, fetcher: Fetcher, manifest: Manifest, spans: Sequence[int], progress: Progress) -> int:
     """Fetches the missing chunks of spans; returns their bytes."""
     fetched = 0
-    batch: list[ChunkRef] = []
-    batch_bytes = 0
+
+    def look() -> Iterator[list[ChunkRef]]:
+        nonlocal fetched
+        for span in spans:
+            missing = missing_chunks(store, manifest, span)
+            size = sum(chunk_size(manifest, ref) for ref in missing)
+            progress(manifest.spans[span].size - size)
+            fetched += size
+            _check_kept(store, fetcher)
+            yield missing
 
     async def follow(pendings: list[Pending]) -> None:
         for pending in pendings:
@@ -99,26 +161,29 @@ async def _fetch(store: Store, fetcher: Fetcher, manifest: Manifest, spans: list
             progress(pending.size)
 
     async with open_flat_nursery() as nursery:
-        for span in spans:
-            missing = missing_chunks(store, manifest, span)
-            size = sum(chunk_size(manifest, ref) for ref in missing)
-            progress(manifest.spans[span].size - size)
-            fetched += size
-            batch_bytes += size
-            batch += missing
-            if batch_bytes >= BATCH_BYTES or len(batch) >= BATCH_CHUNKS:
-                nursery.start_soon(follow, fetcher.want(manifest, batch, Priority.AHEAD))
-                batch, batch_bytes = [], 0
-                await fetcher.wait_for_room(QUEUED)
-            _check_kept(store, fetcher)
-        if batch:
+        for batch in batches(manifest, look()):
             nursery.start_soon(follow, fetcher.want(manifest, batch, Priority.AHEAD))
+            await fetcher.wait_for_room(QUEUED)
     return fetched
 
 
 def _unsealed(store: Store, manifest: Manifest, spans: Sequence[int]) -> list[int]:
     sealed = store.catalog.recorded([manifest.key(span) for span in spans])
     return [span for span in spans if manifest.key(span) not in sealed]
+
+
+def _sealed_of(store: Store, manifest: Manifest, sources: Iterable[int]) -> list[int]:
+    """What is here of these upstream files."""
+    wanted = set(sources)
+    keys = {i: manifest.key(i) for i, span in enumerate(manifest.spans) if span.source in wanted}
+    sealed = store.catalog.recorded(keys.values())
+    return [span for span, key in keys.items() if key in sealed]
+
+
+def _is_wrong(store: Store, manifest: Manifest, source: int) -> bool:
+    """Whether an upstream file did not have its published hash, the last time that all of it was here."""
+    check = store.catalog.verified(manifest.sources[source].identity)
+    return check is not None and not check.ok
 
 
 def _confirm(store: Store, manifest: Manifest, sources: Iterable[int]) -> None:
@@ -132,16 +197,13 @@ def _check_kept(store: Store, fetcher: Fetcher) -> None:
         raise StoreFull(f"no room left in {store.path}", hint="cakefs gc")
 
 
-def chunk_size(manifest: Manifest, ref: ChunkRef) -> int:
-    return min(CHUNK, manifest.spans[ref.span].size - ref.chunk * CHUNK)
-
-
 def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool) -> Repair:
     """Reads every stored byte of a model again and confirms every complete upstream file. Runs in a thread.
 
     Args:
         repair: Forget what does not hold, so that it counts as missing.
     """
+    Borrowing(store).forget_lost()  # What is gone there is missing here, not bad.
     bad: list[str] = []
     damaged: set[str] = set()
     buffer = memoryview(bytearray(4 * MIB))
@@ -199,7 +261,9 @@ def gc_plan(store: Store) -> GcPlan:
     """What nothing alive refers to. Names and the manifests that live mounts hold are alive."""
     catalog = store.catalog
     stored = catalog.manifest_ids()
-    alive = {record.manifest for record in catalog.models().values()} | (store.leased() & stored)
+    named = {record.manifest for record in catalog.models().values()}
+    held = (store.leased() & stored) - named
+    alive = named | held
     spans: set[SpanKey] = set()
     literals: set[str] = set()
     for manifest_id in alive:
@@ -208,8 +272,11 @@ def gc_plan(store: Store) -> GcPlan:
         literals.update(s.blob for f in manifest.files for s in f.segments if isinstance(s, Literal))
     listing = catalog.listing()
     spans.update(key for key, digest in listing if key.identity.startswith(LITERAL) and digest in literals)
-    blobs = {digest: size for digest, size, _ in catalog.blobs()}
-    return plan_gc(stored, alive, spans, listing, blobs, dict(store.partials()))
+    borrowed = catalog.borrowed.digests()  # Nothing is freed by forgetting these.
+    blobs = {digest: 0 if digest in borrowed else size for digest, size, _ in catalog.blobs()}
+    plan = plan_gc(stored, alive, spans, listing, blobs, dict(store.partials()))
+    names = sorted(catalog.manifest_head(manifest_id).name for manifest_id in held)
+    return plan._replace(held=names, set_aside=store.usage().quarantine_bytes)
 
 
 def collect(store: Store) -> GcPlan:
@@ -224,6 +291,9 @@ def collect(store: Store) -> GcPlan:
             store.drop_partial(key)
         store.catalog.drop_manifests(plan.manifests)
         store.catalog.forget_spans(plan.spans)
+        heads = map(store.catalog.manifest_head, store.catalog.manifest_ids())
+        store.catalog.sha256.keep_claims({source.identity for head in heads for source in head.sources})
         store.delete_blobs(list(plan.blobs))
+        Borrowing(store).forget_lost()
         store.sweep()
         return plan

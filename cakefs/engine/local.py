@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from cakefs.errors import CorruptData
-from cakefs.model import SpanKey
+from cakefs.model import Digest, SpanKey
 from cakefs.store.content import Content, Outcome
 from cakefs.store.store import Store
 
@@ -14,11 +14,15 @@ class ContentPool:
 
     What has been checked at its first touch is remembered by the open content, and checked again after it was
     dropped. Dropping closes by reference count, not by call: a thread may still be reading from it.
+
+    Attributes:
+        epoch: Grows with every discard: a content that was got before may be out of date.
     """
 
     def __init__(self, store: Store, limit: int) -> None:
         self._store = store
         self._limit = limit
+        self.epoch = 0
         self._open: OrderedDict[SpanKey, Content] = OrderedDict()
 
     def get(self, key: SpanKey) -> Content | None:
@@ -29,6 +33,7 @@ class ContentPool:
             return content
         content = self._store.content(key)
         if content is not None:
+            content.note_use()
             self._open[key] = content
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)
@@ -37,11 +42,21 @@ class ContentPool:
     def discard(self, key: SpanKey) -> None:
         """Drops a content that may be out of date; the next `get` looks at the store again."""
         self._open.pop(key, None)
+        self.epoch += 1
 
     def is_sealed(self, key: SpanKey) -> bool:
         """Whether all of a span is local, asked without opening it."""
         content = self._open.get(key)
         return content.complete if content is not None else self._store.has(key)
+
+    def discard_all(self) -> None:
+        self._open.clear()
+        self.epoch += 1
+
+    def discard_gone(self) -> None:
+        """Closes what was borrowed from files that are gone: their owner wants the room on the disk."""
+        for key in [key for key, content in self._open.items() if content.gone]:
+            self.discard(key)
 
     def discard_source(self, identity: str) -> None:
         for key in [k for k in self._open if k.identity == identity]:
@@ -60,13 +75,24 @@ def stream(store: Store, key: SpanKey, buffer: memoryview) -> Iterator[memoryvie
     content = store.content(key)
     if content is None and key.size:
         raise CorruptData(f"{_words(key)} is not in the store")
+    if content is not None:
+        yield from _stream(content, _words(key), buffer)
+
+
+def stream_blob(store: Store, digest: Digest, buffer: memoryview) -> Iterator[memoryview]:
+    """As `stream`, the bytes of a blob, whichever spans have them."""
+    content = store.blob(digest)
     if content is None:
-        return
+        raise CorruptData(f"blob {digest} is gone")
+    yield from _stream(content, f"blob {digest}", buffer)
+
+
+def _stream(content: Content, what: str, buffer: memoryview) -> Iterator[memoryview]:
     try:
-        for offset in range(0, key.size, len(buffer)):
-            piece = buffer[: min(len(buffer), key.size - offset)]
+        for offset in range(0, content.size, len(buffer)):
+            piece = buffer[: min(len(buffer), content.size - offset)]
             if content.read_into(piece, offset, wait=True) is not Outcome.DONE:
-                raise CorruptData(f"{_words(key)} no longer matches its digest", hint="cakefs verify --repair")
+                raise CorruptData(f"{what} no longer matches its digest", hint="cakefs verify --repair")
             yield piece
     finally:
         content.close()

@@ -1,11 +1,28 @@
-"""A nursery whose failure is one error, not a group: callers and the command line deal in CakeErrors."""
+"""Concurrency as the engine wants it: a nursery whose failure is one error, not a group, as callers and the command
+line deal in CakeErrors; and threads that give way."""
 
-from collections.abc import AsyncIterator, Iterator
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from typing import ParamSpec, TypeVar
 
 import trio
 
 from cakefs.errors import CakeError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def in_background(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """In a thread that yields to everyone else: hashing a model must not slow down the program that loads it."""
+
+    def run() -> T:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        return function(*args, **kwargs)
+
+    return await trio.to_thread.run_sync(run)
 
 
 @asynccontextmanager

@@ -15,7 +15,7 @@ ancestors of GGUF are for the caller to recognise (`ancestor`) and to serve as t
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from cakefs.model import KIB, MIB, ByteRange
 
 HEADER_LIMIT = 64 * MIB  # The largest vocabularies of today take 14 MiB.
 FIRST_LOOK = 64 * KIB
+_MOST_AT_ONCE = 16  # A look goes so many times as far as the one before, if nothing but a guess says so.
 DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
 VERSION = 3
@@ -35,6 +36,7 @@ _MAX_TENSORS = 250_000
 _MAX_KEY = 64 * KIB
 _MAX_ALIGNMENT = 64 * KIB
 _MAX_NAME = 63
+_LONG = 64 * KIB  # Bytes of an array from which on it is worth its own piece of the file.
 _MIN_FIELD = 8 + 1 + 4 + 1
 _MIN_TENSOR = 8 + 4 + 4 + 8
 _FIXED = struct.Struct("<4sIQQ")
@@ -68,9 +70,17 @@ Scalar = int | float | bool | str
 
 
 class Need(NamedTuple):
-    """The prefix is too short: nothing can be said before it has at least `size` bytes, which the file does have."""
+    """The prefix is too short: nothing can be said before it has at least `size` bytes, which the file does have.
+
+    Attributes:
+        likely: Bytes up to the end of what it ends in, by what is known of that; at least `size`.
+        array: Key of the array that it ends in, empty where it ends elsewhere; `array_start` as `Field.start`.
+    """
 
     size: int
+    likely: int
+    array: str = ""
+    array_start: int = 0
 
 
 class Field(NamedTuple):
@@ -86,6 +96,11 @@ class Field(NamedTuple):
     length: int | None
     start: int
     stop: int
+
+    @property
+    def is_long(self) -> bool:
+        """Whether it is an array such as a vocabulary, which other files have, too."""
+        return self.length is not None and self.stop - self.start >= _LONG
 
 
 class TensorEntry(NamedTuple):
@@ -123,7 +138,8 @@ class Header:
     Attributes:
         fields: By key, in the order of the file.
         tensors: In the order of the file, which is that of their offsets.
-        prefix: The file up to its first tensor.
+        prefix: The file up to its first tensor; empty in an outline.
+        size: Offset of the first tensor.
         path: For messages.
     """
 
@@ -132,12 +148,12 @@ class Header:
     fields: dict[str, Field] = field(repr=False)
     tensors: tuple[TensorEntry, ...] = field(repr=False)
     prefix: bytes = field(repr=False)
+    size: int
     path: str
 
-    @property
-    def size(self) -> int:
-        """Offset of the first tensor."""
-        return len(self.prefix)
+    def outline(self) -> "Header":
+        """Where long arrays and tensors are, without any values: kilobytes instead of megabytes."""
+        return replace(self, fields={key: at for key, at in self.fields.items() if at.is_long}, prefix=b"")
 
     def raw(self, key: str) -> bytes:
         """A value with its type, as `build_header` takes it."""
@@ -174,10 +190,7 @@ class Header:
 
 
 def ancestor(prefix: bytes) -> str:
-    """Name of the format that GGUF took the place of, from the first 8 bytes; empty for anything else.
-
-    No loader of today reads these. They are shown as they are, each as one piece.
-    """
+    """Name of the format before GGUF, which no loader of today reads, from the first 8 bytes; empty for all else."""
     magic, version = prefix[:4], int.from_bytes(prefix[4:8], "little")
     if magic == b"GGUF":
         return "GGUF v1" if version == 1 else ""
@@ -185,9 +198,9 @@ def ancestor(prefix: bytes) -> str:
     return f"{name} v{version}" if name and name != "GGML" else name
 
 
-def read_header(file_size: int, path: str, first: int = FIRST_LOOK) -> Steps[Header]:
-    """Reads a header, doubling what it has looked at until that is enough."""
-    data, stop = b"", min(first, file_size)
+def read_header(file_size: int, path: str, first: int = FIRST_LOOK, data: bytes = b"") -> Steps[Header]:
+    """Reads a header in few looks, from behind `data` on: as far as seems enough, or else twice as far as before."""
+    stop = min(max(first, len(data)), file_size)
     while True:
         if stop > len(data):
             (more,) = yield [ByteRange(len(data), stop)]
@@ -195,7 +208,8 @@ def read_header(file_size: int, path: str, first: int = FIRST_LOOK) -> Steps[Hea
         found = parse_header(data, file_size, path)
         if isinstance(found, Header):
             return found
-        stop = min(max(found.size, 2 * len(data)), file_size)
+        enough = found.likely + found.likely // 8 if found.likely > found.size else 2 * len(data)
+        stop = min(max(found.size, min(enough, _MOST_AT_ONCE * len(data)), len(data) * 5 // 4), file_size)
 
 
 def parse_header(data: bytes, file_size: int, path: str) -> Header | Need:
@@ -206,21 +220,22 @@ def parse_header(data: bytes, file_size: int, path: str) -> Header | Need:
         file_size: Of the whole file, in bytes.
         path: For messages only.
     """
+    parser = _Parser(data, file_size, path)
     try:
-        return _Parser(data, file_size, path).parse()
+        return parser.parse()
     except _Short as short:
         if short.size > file_size:
             raise InvalidFormat(f"header of {path}: file of {file_size} bytes ends before {short.what}") from None
         if short.size > HEADER_LIMIT:
             raise InvalidFormat(f"header of {path}: more than {HEADER_LIMIT} bytes up to {short.what}") from None
-        return Need(short.size)
+        return Need(short.size, min(max(short.size, short.likely), HEADER_LIMIT, file_size), *parser.array)
     except ValueError as error:
         raise InvalidFormat(f"header of {path}: {error}") from error
 
 
 class _Short(Exception):
-    def __init__(self, size: int, what: str) -> None:
-        self.size, self.what = size, what
+    def __init__(self, size: int, what: str, likely: int = 0) -> None:
+        self.size, self.what, self.likely = size, what, likely
 
 
 class _Parser:
@@ -231,6 +246,7 @@ class _Parser:
         self._file_size = file_size
         self._path = path
         self._at = 0
+        self.array = "", 0  # The one that is being read: its key, and where its type is.
 
     def parse(self) -> Header:
         at = self._take(_FIXED.size, "its counts")
@@ -251,7 +267,7 @@ class _Parser:
         start = start if tensor_count else min(start, self._file_size)
         self._require(start - self._at, "its first tensor")
         tensors = tuple(_lay_out(infos, start, alignment, self._file_size))
-        return Header(version, alignment, fields, tensors, bytes(self._data[:start]), self._path)
+        return Header(version, alignment, fields, tensors, bytes(self._data[:start]), start, self._path)
 
     def _require(self, size: int, what: str) -> None:
         if self._at + size > len(self._data):
@@ -288,8 +304,10 @@ class _Parser:
             count = self._u64(f"the value of {brief(key)}")
             if kind is Kind.ARRAY:
                 raise ValueError(f"key {brief(key)} is an array of arrays")
+            self.array = key, start
         self._skip(kind, 1 if count is None else count, f"the value of {brief(key)}")
         fields[key] = Field(kind, count, start, self._at)
+        self.array = "", 0
 
     def _kind(self, key: str) -> Kind:
         value = self._u32(f"the value of {brief(key)}")
@@ -301,18 +319,19 @@ class _Parser:
         if kind is not Kind.STRING:
             self._take(count * struct.calcsize(f"<{FORMATS[kind]}"), what)
             return
-        self._require(count * 8, what)
+        if self._at + 8 * count > self._file_size:
+            raise _Short(self._at + 8 * count, what)
         at, data, stop, unpack = self._at, self._data, len(self._data), _U64.unpack_from
-        for left in range(count - 1, -1, -1):
-            if at + 8 > stop:
-                break
-            at += 8 + unpack(data, at)[0]
-            if at > stop:
-                raise _Short(at + 8 * left, what)
-        else:
-            self._at = at
-            return
-        raise _Short(at + 8 * (left + 1), what)
+        for left in range(count, 0, -1):
+            after = at + 8
+            if after <= stop:
+                after += unpack(data, at)[0]
+            if after > stop:
+                seen = count - left
+                likely = at + (at - self._at) * left // seen if seen else 0
+                raise _Short(after + 8 * (left - 1), what, likely)
+            at = after
+        self._at = at
 
     def _alignment(self, found: Field | None) -> int:
         if found is None:

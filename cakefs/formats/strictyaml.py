@@ -1,6 +1,6 @@
 """YAML as a recipe needs it: no key twice, numbers that say what they look like, one document. Pure.
 
-Decimals come as `Decimal`, so .29 stays .29. Numbers are those of YAML 1.2: 1e-3 is one, while 010, 1:30 and 1_000,
+Decimals come as `Number`, so .29 stays .29. Numbers are those of YAML 1.2: 1e-3 is one, while 010, 1:30 and 1_000,
 which YAML 1.1 reads as 8, 90 and 1000, stay text for the caller to refuse.
 """
 
@@ -21,18 +21,43 @@ _FLOAT = re.compile(
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]")
 
 
+class Number(Decimal):
+    """Looks in messages as it was written."""
+
+    __repr__ = Decimal.__str__
+
+
 def decode_yaml(text: str) -> Any:
     """The value of the only document. Raises ValueError with a short message that tells line and column."""
     if len(text) > LIMIT:
         raise ValueError(f"{len(text)} characters are more than {LIMIT}")
     try:
-        return yaml.load(text, _Loader)
+        value = yaml.load(text, _Loader)
+        if _entries(value, {}) > LIMIT:
+            raise ValueError(f"its aliases make more than {LIMIT} entries of it")
+        return value
     except yaml.MarkedYAMLError as error:
         raise ValueError(_words(error)) from error
     except yaml.YAMLError as error:
         raise ValueError(brief(str(error).splitlines()[0])) from error
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def _entries(value: Any, known: dict[int, int]) -> int:
+    """How many there are with every alias written out. Few lines of aliases of aliases come to billions.
+
+    Args:
+        known: Of lists and mappings, by id; 0 for one that is not counted to its end.
+    """
+    if type(value) not in (dict, list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 0
+        known[id(value)] = 1 + sum(_entries(v, known) for v in (value.values() if type(value) is dict else value))
+    if not known[id(value)]:
+        raise ValueError("an anchor is within itself")
+    return known[id(value)]
 
 
 def _words(error: yaml.MarkedYAMLError) -> str:
@@ -65,13 +90,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> int | Decimal:
+def _construct_number(loader: _Loader, node: yaml.ScalarNode) -> int | Number:
     text = str(loader.construct_scalar(node))
     if _INT.fullmatch(text):
         return int(text)
     if not _FLOAT.fullmatch(text):  # an explicit tag on something else
         raise yaml.constructor.ConstructorError(None, None, f"{brief(text)} is not a number", node.start_mark)
-    return Decimal(text.replace(".", "") if text[-1] in "fFnN" else text)
+    return Number(text.replace(".", "") if text[-1] in "fFnN" else text)
 
 
 for _kind in ("int", "float"):

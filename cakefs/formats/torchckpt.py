@@ -2,11 +2,12 @@
 
 Two containers: the zip archive (torch 1.6 and later), with a pickle and one member a storage; and the one before it,
 five pickles and then the storages, each with its length in front. Either way a tensor is a strided view of a storage.
-What is found equals what `torch.load(weights_only=True)` loads, and what it refuses is refused. So is, by name, what
-cannot be shown exactly as safetensors: sparse, quantized and lazy tensors, types that safetensors lacks, tensors
-without a name, big-endian files, TorchScript archives, the tar files of before 0.1.10; and what two readers could take
-for two things: members that are packed, repeated, overlapping or at odds with the directory, anything behind the end,
-a storage of two types or sizes.
+What is found equals what `torch.load(weights_only=True)` loads, and what it refuses is refused, but for a length in
+front of a storage that is not the pickle's: to look at each would take a request. Refused is also, by name, what cannot
+be shown exactly as safetensors: sparse, quantized and lazy tensors, types that safetensors lacks, tensors without a
+name, big-endian files, TorchScript archives, the tar files of before 0.1.10; and what two readers could take for two
+things: members that are packed, repeated, overlapping or at odds with the directory, anything behind the end, a storage
+of two types or sizes.
 """
 
 import math

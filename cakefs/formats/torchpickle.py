@@ -12,6 +12,7 @@ from cakefs.formats.pickleops import CONTAINER, Name, Opaque, Table, TooLarge
 from cakefs.formats.strictjson import brief
 
 MAX_DIMS = 64
+_FEW_DIMS = 4  # So many are one step of work; those of a matrix cost nothing beside its opcodes.
 
 
 class Dtype(NamedTuple):
@@ -40,6 +41,7 @@ _DTYPES = {
     "bits2x4": Dtype("", 1), "bits4x2": Dtype("", 1), "qint8": Dtype("", 1), "qint32": Dtype("", 4),
     "quint8": Dtype("", 1), "quint4x2": Dtype("", 1), "quint2x4": Dtype("", 1),
 }  # fmt: skip
+_LAZY = {"conj": "a lazy 'conj'", "neg": "a lazy 'neg'"}
 _UNTYPED = Name("torch.storage", "UntypedStorage")
 _FROM_TYPE = Name("torch._tensor", "_rebuild_from_type_v2")  # (function, class, its arguments, attributes)
 _UTILS = "torch._utils"
@@ -170,33 +172,46 @@ def _size(arguments: tuple[object, ...], spend: Callable[[int], None]) -> object
 
 def _rebuild_tensor(arguments: tuple[object, ...], spend: Callable[[int], None]) -> object:
     storage, offset, shape, stride = arguments
-    return _tensor(storage, None, offset, shape, stride)
+    return _tensor(spend, storage, None, offset, shape, stride)
 
 
 def _rebuild_tensor_v2(arguments: tuple[object, ...], spend: Callable[[int], None]) -> object:
     storage, offset, shape, stride, _, _, *metadata = arguments
-    return _tensor(storage, None, offset, shape, stride, *metadata)
+    return _tensor(spend, storage, None, offset, shape, stride, *metadata)
 
 
 def _rebuild_tensor_v3(arguments: tuple[object, ...], spend: Callable[[int], None]) -> object:
     storage, offset, shape, stride, _, _, dtype, *metadata = arguments
     if not isinstance(dtype, Name) or dtype.module != "torch" or dtype.name not in _DTYPES:
         raise TypeError
-    return _tensor(storage, _DTYPES[dtype.name], offset, shape, stride, *metadata)
+    return _tensor(spend, storage, _DTYPES[dtype.name], offset, shape, stride, *metadata)
 
 
 def _tensor(
-    storage: object, dtype: Dtype | None, offset: object, shape: object, stride: object, metadata: object = None
+    spend: Callable[[int], None],
+    storage: object,
+    dtype: Dtype | None,
+    offset: object,
+    shape: object,
+    stride: object,
+    metadata: object = None,
 ) -> Tensor:
     if not isinstance(storage, Storage) or type(offset) is not int or not _is_count(offset):
         raise TypeError
     dims, strides = _counts(shape), _counts(stride)
     if len(dims) != len(strides):
         raise TypeError
-    problem = ""
-    if isinstance(metadata, Table):
-        problem = " and ".join(f"a lazy {brief(key)}" for key, value in metadata.items.items() if value is not False)
-    return Tensor(storage, dtype or storage.dtype, offset, dims, strides, problem)
+    spend(len(dims) // _FEW_DIMS)
+    return Tensor(storage, dtype or storage.dtype, offset, dims, strides, _problem(metadata))
+
+
+def _problem(metadata: object) -> str:
+    """Of constant size and cost: a million tensors may have the same metadata."""
+    if not isinstance(metadata, Table):
+        return ""
+    if len(metadata.items) > len(_LAZY) or not _LAZY.keys() >= metadata.items.keys():
+        raise TypeError
+    return next((text for bit, text in _LAZY.items() if metadata.items.get(bit, False) is not False), "")
 
 
 def _parameter(arguments: tuple[object, ...], spend: Callable[[int], None]) -> object:

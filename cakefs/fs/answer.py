@@ -9,7 +9,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 from pyfuse3 import FUSEError
 
-from cakefs.errors import CakeError, NotFound
+from cakefs.errors import CakeError, NotFound, RemoteUnavailable, UserError
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Complaints:
         self._said: dict[str, float] = {}
 
     def about(self, what: str, error: Exception) -> None:
-        """One line for a CakeError, a traceback for what should not have happened."""
+        """One line for a CakeError or where memory ran out, a traceback for what should not have happened."""
         now = time.monotonic()
         text = f"{what}: {error!r}"
         if now - self._said.get(text, -REPEAT_SILENCE_S) < REPEAT_SILENCE_S:
@@ -37,6 +37,8 @@ class Complaints:
         self._said[text] = now
         if isinstance(error, CakeError):
             log.warning("%s: %s%s", what, error.message, f" (hint: {error.hint})" if error.hint else "")
+        elif isinstance(error, MemoryError):
+            log.error("%s: no memory is left", what)
         else:
             log.error("%s: unexpected failure", what, exc_info=error)
 
@@ -65,6 +67,11 @@ def answered(handler: Handler[S, P, T]) -> Handler[S, P, T]:
             raise FUSEError(error.lookup_errno if isinstance(error, CakeError) else errno.EIO) from None
 
     return wrapper
+
+
+def demand_errno(error: CakeError) -> int:
+    """What the lookup of a model is answered with that could not be had: mostly, there is none of that name."""
+    return errno.ENOENT if isinstance(error, NotFound | RemoteUnavailable | UserError) else error.lookup_errno
 
 
 def read_errno(error: Exception) -> int:

@@ -1,6 +1,6 @@
 """What the mount needs from below: the models, and readers of their files. Implemented by `engine`, faked in tests.
 
-All methods but `FileReader.read` are called on the event loop that serves the kernel: they must not wait, least of all
+All methods that are not async are called on the event loop that serves the kernel: they must not wait, least of all
 for the network. Foreign exceptions do not leave them, only `CakeError`.
 """
 
@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from cakefs.model import File, Manifest
+from cakefs.plan.hubcache import HubPlace
+from cakefs.plan.wish import Wish
 
 
 class FileReader(Protocol):
@@ -47,6 +49,23 @@ class Library(Protocol):
         ...
 
     def manifest(self, manifest_id: str) -> Manifest: ...
+
+    def hub_place(self, manifest_id: str) -> HubPlace | None:
+        """Where it belongs in the Hugging Face cache shape."""
+        ...
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether `demand` may bring anything."""
+        ...
+
+    async def demand(self, wish: Wish) -> None:
+        """Adds a model that is not among the names; several who want the same wait for the same.
+
+        Raises:
+            CakeError: it cannot be had, or not in the time that a lookup may take. Already logged.
+        """
+        ...
 
     def open(self, manifest_id: str, file: File) -> FileReader:
         """Cheap and without network: loaders take any error here for "No such file"."""

@@ -8,20 +8,23 @@ pyfuse3 keeps its session in globals: one mount in the life of a process.
 import logging
 import os
 import signal
-import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyfuse3
 import trio
 
 from cakefs.errors import CakeError, UserError
+from cakefs.fs.leave import wait_for_readers
 from cakefs.fs.library import Library
+from cakefs.fs.limits import raise_limits
 from cakefs.fs.ops import Ops
-from cakefs.fs.place import Claim, cakefs_at, canonical, check_fuse, clear_dead, umount
+from cakefs.fs.place import WITHOUT_FUSE, Claim, cakefs_at, canonical, check_fuse, clear_dead, umount
+from cakefs.fs.systemd import Probe, Systemd
+from cakefs.fs.turns import take_turns
 
 __all__ = ["serve", "umount"]
 
@@ -30,15 +33,10 @@ T = TypeVar("T")
 
 # `hf-mount` as fsname would make transformers read whole files instead of mapping them.
 OPTIONS = frozenset({"fsname=cakefs", "subtype=cakefs", "ro", "default_permissions"})
-# One request of the largest size. The kernel reads this much around a fault (its rule, not measured alone): with 4096
-# a walk over tensors would fetch much in vain.
-READ_AHEAD_KIB = 1024
-# Requests of the kernel's readahead on their way at once. With its 12, three readers of a file that stalls would fill
-# them, and every other file would wait.
-BACKGROUND = 128
 # Requests answered at once. Each may be a read that waits for the network: the others must not wait behind it.
 MAX_TASKS = 512
 PLACE_TIMEOUT_S = 10.0
+GRACE_S = 60.0
 
 
 async def serve(
@@ -47,11 +45,15 @@ async def serve(
     *,
     allow_other: bool = False,
     on_ready: Callable[[], object] | None = None,
+    on_status: Callable[[Callable[[], Mapping[str, object]]], object] | None = None,
+    grace_s: float = GRACE_S,
 ) -> None:
     """Mounts and serves until unmounted, cancelled, or told to end by SIGTERM, SIGINT or SIGHUP.
 
     Args:
         on_ready: Called once when the mount answers.
+        on_status: Given, before that, what makes the values of status.json.
+        grace_s: How long those who read when it is told to end may go on; a second signal ends it at once.
 
     Raises:
         UserError: nothing can be mounted there.
@@ -59,6 +61,7 @@ async def serve(
     check_fuse()
     path = canonical(mountpoint)
     claim = await _bounded(Claim, path)
+    systemd = Systemd()
     facts: dict[str, object] = {"mountpoint": path, "pid": os.getpid(), "since": int(time.time())}
     ops = Ops(library, uid=os.getuid(), gid=os.getgid(), facts=facts)
     with trio.open_signal_receiver(*_ending_signals()) as signals:
@@ -69,22 +72,44 @@ async def serve(
             raise
         claim.release()
         try:
-            await _serve_requests(ops, signals, path, on_ready)
+            if on_status is not None:
+                on_status(ops.status)
+            await _serve_requests(ops, signals, path, Announcement(path, systemd, on_ready), grace_s)
         finally:
-            _notify("STOPPING=1")
+            systemd.tell("STOPPING=1", "STATUS=ending")
             pyfuse3.close()
             ops.close()
             await _clear_leftover(path)
 
 
+class Announcement(NamedTuple):
+    """Whom to tell that the mount at `path` answers."""
+
+    path: str
+    systemd: Systemd
+    on_ready: Callable[[], object] | None
+
+
 async def _serve_requests(
-    ops: Ops, signals: AsyncIterator[int], path: str, on_ready: Callable[[], object] | None
+    ops: Ops, signals: AsyncIterator[int], path: str, announcement: Announcement, grace_s: float
 ) -> None:
     logging.getLogger("pyfuse3").addFilter(_is_news)
+    systemd = announcement.systemd
+
+    async def leave() -> None:
+        systemd.tell("STOPPING=1", f"STATUS=ending; {ops.counters.open_files} files are open")
+        mount = cakefs_at(path)
+        if mount is not None:
+            await wait_for_readers(path, mount.device, ops.activity, ops.waiting, grace_s)
+
+    async def announce() -> None:
+        await _announce(announcement)
+        await systemd.keep_told(lambda: _state(ops, path), Probe(path, _is_saturated))
+
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope)
-            nursery.start_soon(_announce, path, on_ready)
+            nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope, leave)
+            nursery.start_soon(announce)
             nursery.start_soon(ops.forget_refuted)
             await pyfuse3.main(max_tasks=MAX_TASKS)
             nursery.cancel_scope.cancel()
@@ -93,6 +118,16 @@ async def _serve_requests(
         if isinstance(error, OSError):
             raise CakeError(f"serving {path} ended: {error}") from error
         raise error from None
+
+
+def _state(ops: Ops, path: str) -> str:
+    """What `systemctl status` shows."""
+    stalled = f", {count} stalled" if (count := ops.stalled()) else ""
+    return f"serving {path}: {ops.counters.open_files} files are open, {ops.waiting()} reads wait{stalled}"
+
+
+def _is_saturated() -> bool:
+    return trio.lowlevel.current_statistics().tasks_living >= MAX_TASKS
 
 
 async def _clear_leftover(path: str) -> None:
@@ -108,14 +143,31 @@ def _mount(ops: Ops, path: str, options: frozenset[str]) -> None:
     with _stderr_text() as said:
         try:
             pyfuse3.init(ops, path, set(options))
+            take_turns()
         except RuntimeError as error:
-            raise UserError(f"cannot mount at {path}: {said() or error}") from error
+            raise UserError(f"cannot mount at {path}: {said() or error}", hint=WITHOUT_FUSE) from error
 
 
-async def _end_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    async for number in signals:
-        log.info("ending on %s", signal.Signals(number).name)
+async def _end_on_signal(
+    signals: AsyncIterator[int], scope: trio.CancelScope, leave: Callable[[], Awaitable[None]]
+) -> None:
+    """The first signal lets readers finish, the second does not."""
+
+    async def end() -> None:
+        await leave()
         scope.cancel()
+
+    async with trio.open_nursery() as nursery:
+        leaving = False
+        async for number in signals:
+            name = signal.Signals(number).name
+            if leaving:
+                log.info("ending on %s at once", name)
+                scope.cancel()
+            else:
+                log.info("ending on %s: those who read may finish, a second signal ends it at once", name)
+            leaving = True
+            nursery.start_soon(end)
 
 
 def _ending_signals() -> list[signal.Signals]:
@@ -124,46 +176,18 @@ def _ending_signals() -> list[signal.Signals]:
     return [s for s in ends if signal.getsignal(s) is not signal.SIG_IGN]
 
 
-async def _announce(path: str, on_ready: Callable[[], object] | None) -> None:
+async def _announce(announcement: Announcement) -> None:
+    path = announcement.path
     try:
         await trio.to_thread.run_sync(os.stat, path, abandon_on_cancel=True)
     except OSError as error:
         raise CakeError(f"the mount at {path} does not answer: {error.strerror}") from error
-    _raise_limits(path)
+    if (mount := cakefs_at(path)) is not None:
+        await trio.to_thread.run_sync(raise_limits, mount)
     log.info("serving %s", path)
-    if on_ready is not None:
-        on_ready()
-    _notify("READY=1")
-
-
-def _raise_limits(path: str) -> None:
-    """The kernel's readahead of 128 KiB means two requests in flight, which a slow store cannot live with."""
-    mount = cakefs_at(path)
-    if mount is None:
-        return
-    if os.geteuid() == 0:
-        _raise(f"/sys/class/bdi/{mount.device}/read_ahead_kb", READ_AHEAD_KIB)
-    _raise(f"/sys/fs/fuse/connections/{mount.device.partition(':')[2]}/max_background", BACKGROUND)
-
-
-def _raise(setting: str, value: int) -> None:
-    try:
-        if int(Path(setting).read_text()) < value:
-            Path(setting).write_text(str(value))
-    except OSError as error:
-        log.info("%s stays as it is: %s", os.path.basename(setting), error.strerror)  # in a container, mostly
-
-
-def _notify(state: str) -> None:
-    """Tells systemd, where it asked for it."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-            sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
-    except OSError as error:
-        log.warning("cannot tell systemd %s: %s", state, error)
+    if announcement.on_ready is not None:
+        announcement.on_ready()
+    announcement.systemd.tell("READY=1")
 
 
 async def _bounded(action: Callable[[str], T], path: str) -> T:

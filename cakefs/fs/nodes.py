@@ -10,6 +10,8 @@ FIRST_HASHED = 16  # inode numbers below are given by hand, and those nodes stay
 SERVICE_NAME = ".cakefs"
 STATUS_NAME = "status.json"
 ORIGINAL_NAME = "original"
+HUB_NAME = "hub"
+FIXED_HUB = 5
 
 # Seconds that the kernel may trust what it was told. Models come and go by other processes; the rest is immutable.
 BRIEFLY = 1.0
@@ -71,6 +73,16 @@ class StatusNode(Node):
     attr_timeout = 0.0
 
 
+class TextNode(Node):
+    """A small file whose bytes are made here. Found anew each time: what it is the text of may change."""
+
+    entry_timeout = 0.0
+
+    def __init__(self, ino: int, key: Key, mtime: int, text: bytes) -> None:
+        super().__init__(ino, key, mtime)
+        self.text = text
+
+
 class Directory(Node):
     """Base of all directories. `parent` is an inode number; `path` says where in `shape`, if files of one are here."""
 
@@ -84,7 +96,7 @@ class Directory(Node):
 
 
 class ServiceDir(Directory):
-    nlink = 3
+    nlink = 4
 
 
 class Folder(Directory):

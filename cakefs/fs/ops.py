@@ -3,12 +3,12 @@
 Rules kept here:
 - A read is answered in full or with an error. A short answer before the end of the file becomes zeros or SIGBUS.
 - A failed read is answered after a pause: the kernel asks again at once and, under MAP_POPULATE, for ever.
-- No direct_io on a model's file (mmap would fail), no flush (every close would cost a request), no waiting in lookup.
+- No direct_io on a model's file (mmap would fail), no flush (every close would cost a request), no waiting in lookup,
+  except for a model that nobody has added yet.
 - The buffer of a hit is valid until the engine is called again: nothing is awaited between it and the reply.
 """
 
 import errno
-import json
 import os
 import stat
 import time
@@ -17,12 +17,14 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, NamedTuple
 
+import msgspec
 import pyfuse3
 import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, ReaddirToken, RequestContext, StatvfsData
 
 from cakefs.errors import CakeError, NotFound
-from cakefs.fs.answer import Complaints, answered, read_errno
+from cakefs.fs.answer import Complaints, answered, demand_errno, read_errno
+from cakefs.fs.hub import HubDir
 from cakefs.fs.library import FileReader, Library
 from cakefs.fs.nodes import (
     STATUS_NAME,
@@ -30,6 +32,7 @@ from cakefs.fs.nodes import (
     FileNode,
     Node,
     StatusNode,
+    TextNode,
     decode_name,
     encode_name,
 )
@@ -37,6 +40,7 @@ from cakefs.fs.tree import Tree
 
 XATTR_PREFIX = b"user.cakefs."
 FAILURE_PAUSE_S = 0.5
+STALLED_S = 5.0  # A read that waits for longer counts as stalled.
 
 
 @dataclass(slots=True)
@@ -96,6 +100,7 @@ class Ops(pyfuse3.Operations):
         self._handles = count(1)
         self._files: dict[int, Handle] = {}
         self._listings: dict[int, tuple[Directory, tuple[str, ...]]] = {}
+        self._waiting: dict[int, float] = {}  # since when, of the reads that wait
         self.counters = Counters()
         self.complaints = Complaints()
 
@@ -110,7 +115,7 @@ class Ops(pyfuse3.Operations):
     async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
         self.counters.lookups += 1
         directory = self._directory(parent_inode)
-        node = self._tree.child(directory, decode_name(name))
+        node = self._tree.child(directory, decode_name(name)) or await self._demanded(directory, decode_name(name))
         if node is not None:
             entry = self._attributes(node)
             self._tree.retain(node)
@@ -121,6 +126,17 @@ class Ops(pyfuse3.Operations):
         absent.st_ino = 0  # pyfuse3's way to say ENOENT, to be remembered
         absent.entry_timeout = directory.negative_timeout
         return absent
+
+    async def _demanded(self, directory: Directory, name: str) -> Node | None:
+        """The entry that a model brings which is added because this name was looked up."""
+        wish = self._tree.wish(directory, name)
+        if wish is None:
+            return None
+        try:
+            await self._library.demand(wish)
+        except CakeError as error:
+            raise FUSEError(demand_errno(error)) from None
+        return self._tree.child(directory, name)
 
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for ino, lookups in inode_list:
@@ -162,14 +178,19 @@ class Ops(pyfuse3.Operations):
     def _size(self, node: Node) -> int:
         if isinstance(node, FileNode):
             return node.file.size
+        if isinstance(node, TextNode):
+            return len(node.text)
         return len(self._status_text()) if isinstance(node, StatusNode) else 0
 
-    def _status_text(self) -> bytes:
-        status = {
+    def status(self) -> dict[str, object]:
+        """The counters of this mount and of what is below it, fit for JSON."""
+        return {
             **self._library.status(),
-            "mount": {**self._facts, **asdict(self.counters), "inodes": len(self._tree)},
+            "mount": {**self._facts, **asdict(self.counters), **self._waits(), "inodes": len(self._tree)},
         }
-        return json.dumps(status, indent=2).encode() + b"\n"
+
+    def _status_text(self) -> bytes:
+        return msgspec.json.format(msgspec.json.encode(self.status()), indent=2) + b"\n"  # fast, also for 1,000 models
 
     # Directories: a listing is fixed at opendir, so that offsets into it stay right whatever happens meanwhile
 
@@ -221,6 +242,9 @@ class Ops(pyfuse3.Operations):
         if isinstance(node, StatusNode):
             self._files[handle] = Handle(TextReader(self._status_text()), STATUS_NAME, Counters())
             return FileInfo(fh=handle, direct_io=True, keep_cache=False)
+        if isinstance(node, TextNode):
+            self._files[handle] = Handle(TextReader(node.text), "/".join(node.key[1:-1]), Counters())
+            return FileInfo(fh=handle, keep_cache=True)
         if not isinstance(node, FileNode):
             raise FUSEError(errno.EISDIR)
         try:
@@ -238,7 +262,7 @@ class Ops(pyfuse3.Operations):
             counters.reads += 1
             data: memoryview | bytes | None = reader.try_read(off, size)
             if data is None:
-                data = await reader.read(off, size)
+                data = await self._wait_for(reader, off, size)
             else:
                 counters.hits += 1
             length = len(data)
@@ -248,6 +272,34 @@ class Ops(pyfuse3.Operations):
             return data
         except Exception as error:
             raise await self._failed(fh, off, size, error) from None
+
+    async def _wait_for(self, reader: FileReader, off: int, size: int) -> memoryview | bytes:
+        ticket = next(self._handles)
+        self._waiting[ticket] = trio.current_time()
+        try:
+            return await reader.read(off, size)
+        finally:
+            del self._waiting[ticket]
+
+    def waiting(self) -> int:
+        """Reads that wait for the disk or the network now."""
+        return len(self._waiting)
+
+    def stalled(self) -> int:
+        """Those that wait for longer than they should."""
+        now = trio.current_time()
+        return sum(now - since >= STALLED_S for since in self._waiting.values())
+
+    def activity(self) -> tuple[int, ...]:
+        """Differs from its earlier value when somebody asked for something meanwhile."""
+        c = self.counters
+        return (c.lookups, c.opens, c.reads, c.bytes, c.failures)
+
+    def _waits(self) -> dict[str, float]:
+        """What is worth knowing of the reads that wait; none ever does for long while all is well."""
+        now = trio.current_time()
+        times = [now - since for since in self._waiting.values()]
+        return {"waiting": len(times), "stalled": self.stalled(), "longest_wait_s": round(max(times, default=0.0), 1)}
 
     async def _failed(self, fh: int, off: int, size: int, error: Exception) -> FUSEError:
         """What a read that failed is answered with, after a pause."""
@@ -293,6 +345,8 @@ class Ops(pyfuse3.Operations):
             known = self._library.xattrs(node.manifest_id, node.file)
         elif isinstance(node, Directory) and node.shape is not None and not node.path:
             known = self._library.xattrs(node.shape.manifest_id, None)
+        elif isinstance(node, HubDir):
+            known = {"view": b"hub"}  # so that nobody borrows files of a cache that is this very mount
         else:
             known = {}
         return {XATTR_PREFIX + name.encode(): value for name, value in known.items()}

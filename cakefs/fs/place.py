@@ -19,6 +19,7 @@ from typing import NamedTuple
 from cakefs.errors import CakeError, UserError
 
 FUSE_DEVICE = "/dev/fuse"
+WITHOUT_FUSE = "without FUSE: `cakefs export`, or in Python cakefs.open and fsspec's cakefs://"
 KIND = "fuse.cakefs"
 NAMED_HOLDERS = 4
 MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
@@ -136,11 +137,13 @@ def _lock_directory(path: str) -> int:
 def check_fuse() -> None:
     """Raises UserError, with what to do, when this user cannot mount at all."""
     if not os.path.exists(FUSE_DEVICE):
-        raise UserError(f"{FUSE_DEVICE} is missing", hint="`modprobe fuse`; for a container `--device /dev/fuse`")
+        hint = f"`modprobe fuse`; for a container `--device /dev/fuse`; {WITHOUT_FUSE}"
+        raise UserError(f"{FUSE_DEVICE} is missing", hint=hint)
     if os.geteuid() == 0:
         return
     if not os.access(FUSE_DEVICE, os.R_OK | os.W_OK):
-        raise UserError(f"this user may not open {FUSE_DEVICE}", hint=f"`sudo chmod 666 {FUSE_DEVICE}`")
+        hint = f"`sudo chmod 666 {FUSE_DEVICE}`; {WITHOUT_FUSE}"
+        raise UserError(f"this user may not open {FUSE_DEVICE}", hint=hint)
     if not shutil.which("fusermount3"):
         raise UserError("fusermount3 not found", hint="install the package fuse3")
 
@@ -179,6 +182,17 @@ def umount(mountpoint: Path | str, *, wait_s: float = 10.0) -> None:
         if time.monotonic() > deadline:
             raise CakeError(f"{path} is still mounted {wait_s:g} s after it was unmounted")
         time.sleep(0.02)
+
+
+def unmount_unused(path: str, device: str) -> bool:
+    """Unmounts what is mounted from a device at a place, unless it is in use. True when it is not mounted any more."""
+    mount = cakefs_at(path)
+    if mount is None or mount.device != device:
+        return True
+    failure = _unmount_as_root(path, lazy=False) if os.geteuid() == 0 else _unmount_as_user(path, lazy=False)
+    if failure and "busy" not in failure:
+        raise CakeError(f"cannot unmount {path}: {failure}")
+    return not failure
 
 
 def _unmount(path: str, *, lazy: bool) -> None:

@@ -10,11 +10,13 @@ from typing import NamedTuple
 from cakefs.errors import UserError
 from cakefs.formats.safetensors import DTYPES
 from cakefs.formats.strictjson import brief
-from cakefs.model import Computed
+from cakefs.model import Computed, leaves
 from cakefs.plan.view import Bytes
 
 _CALCULABLE = ("F64", "F32", "F16", "BF16")
-_WHOLE = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
+_MOST_INPUTS = 1000  # Reading a page of it takes a tenth of a second.
+_MOST_STEPS = 200  # Each is a call within a call when it is read.
+WHOLE = ("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64")
 
 
 class Operand(NamedTuple):
@@ -22,7 +24,7 @@ class Operand(NamedTuple):
 
     Attributes:
         data: Counted in the view's spans.
-        key: Equal only for equal bytes.
+        key: Equal only for equal bytes; needed for those of WHOLE.
         packed: Of a quantized model, so that its elements are no weights.
     """
 
@@ -58,7 +60,7 @@ def blend(operands: Sequence[Operand], formula: Formula) -> tuple[str, Bytes]:
     calculated = formula.params is not None or formula.dtype or formula.out_dtype
     if calculated and any(operand.packed for operand in operands):
         raise UserError(f"{formula.where}: {first.name} is quantized; its values cannot be calculated on read")
-    if any(operand.dtype in _WHOLE for operand in operands):
+    if any(operand.dtype in WHOLE for operand in operands):
         if any(operand.dtype != first.dtype or operand.key != first.key for operand in operands[1:]):
             raise UserError(f"{formula.where}: {first.name} holds integers that differ between the models")
         return first.dtype, first.data
@@ -84,8 +86,25 @@ def _calculate(operands: Sequence[Operand], formula: Formula) -> tuple[str, Byte
     if formula.params is not None:
         size = _resized(operands[0].data.size, operands[0].dtype, working)
         result = Computed(formula.op, working, size, tuple(inputs), (working,) * len(inputs), formula.params)
+        _check_cost(result, operands[0].name, formula.where)
     dtype = formula.out_dtype or working
     return dtype, _cast(result, working, dtype)
+
+
+def _check_cost(data: Computed, name: str, where: str) -> None:
+    """Averages of averages may double with each step what is read, and the manifest with it."""
+    count, steps = len(leaves(data)), _steps(data)
+    if count > _MOST_INPUTS or steps > _MOST_STEPS:
+        what = f"from {count} tensors" if count > _MOST_INPUTS else f"in {steps} steps"
+        raise UserError(
+            f"{where}: {name} would be calculated {what} on each read, more than cakefs does",
+            hint="`cakefs export` the models that are merges of merges, add the copies, and merge those",
+        )
+
+
+def _steps(data: Bytes) -> int:
+    """Calculations, one after the other."""
+    return 1 + max(map(_steps, data.inputs)) if isinstance(data, Computed) else 0
 
 
 def _promote(dtypes: Sequence[str]) -> str:

@@ -15,16 +15,20 @@ class GcPlan(NamedTuple):
     spans: Catalog entries that no living manifest refers to.
     blobs: Digest -> bytes, of blobs that nothing alive refers to afterwards.
     partials: Span -> bytes on disk, of transfers that no living manifest wants.
+    held: Models that were removed or updated, and stay because a mount still serves them.
+    set_aside: Bytes of blobs that were found wrong or damaged, and replaced.
     """
 
     manifests: list[str]
     spans: list[SpanKey]
     blobs: dict[str, int]
     partials: dict[SpanKey, int]
+    held: list[str]
+    set_aside: int
 
     @property
     def bytes(self) -> int:
-        return sum(self.blobs.values()) + sum(self.partials.values())
+        return sum(self.blobs.values()) + sum(self.partials.values()) + self.set_aside
 
 
 def plan_gc(
@@ -48,4 +52,6 @@ def plan_gc(
         dead_spans,
         {digest: size for digest, size in blobs.items() if digest not in keep},
         {key: size for key, size in partials.items() if key not in alive_spans},
+        [],
+        0,
     )

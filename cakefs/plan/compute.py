@@ -4,10 +4,13 @@ Every element depends only on those at its place in the inputs, so any byte rang
 element range of each input. Values travel as float32 (float64 for F64), always representable in the dtype they have at
 that point; every operation of torch's that rounds is one `_round` here:
 
-- `scale`: product in float32, rounded to the tensor's dtype;
+- `scale`: product in float32, rounded to the tensor's dtype; `add` likewise, of a sum;
 - `cast`: one conversion, from F64 to a 16-bit dtype by way of float32, as C does it;
 - `linear`: float32 accumulation by fused multiply-add, division by the float32 sum of weights, then one rounding;
 - `task_arithmetic`: every step (delta, times weight, sum, times lambda, add) rounded to the dtype, weights included.
+
+Two operations move elements instead: `interleave`, always outermost (`plan/interleave.py`), and `gather`, always
+innermost (`plan/gather.py`).
 
 A sum over five and more deltas in a dtype finer than BF16 is taken in order; torch's own order depends on the number of
 threads there. A NaN that is calculated is a NaN; its payload is the one of torch's vector code.
@@ -21,7 +24,11 @@ from numpy.typing import NDArray
 
 from cakefs.errors import InvalidFormat
 from cakefs.formats.safetensors import DTYPES
-from cakefs.model import Computed, Extent
+from cakefs.model import Computed, Extent, leaves
+from cakefs.plan.gather import OP as GATHER
+from cakefs.plan.gather import gathered, needed
+from cakefs.plan.interleave import OP as INTERLEAVE
+from cakefs.plan.interleave import Rows, steps
 
 Array = NDArray[Any]  # float32, or float64 for F64
 Buffer = bytes | bytearray | memoryview
@@ -43,19 +50,36 @@ class Need(NamedTuple):
 def needs(node: Computed, start: int, stop: int) -> list[Need]:
     """What has to be read for the bytes `[start, stop)` of a result, in the order in which `evaluate` takes it."""
     item = item_size(node.dtype)
-    first, last = start // item, -(-stop // item)
-    return [
-        Need(extent, extent.start + first * size, extent.start + last * size)
-        for extent, size in ((leaf, item_size(dtype)) for leaf, dtype in _leaves(node))
-    ]
+    if node.op == INTERLEAVE:
+        row = row_size(node)
+        taken = steps(heads_of(node), start // row, -(-stop // row))
+        runs = [(a * row // item, b * row // item) for step in taken for a, b in step.taken]
+    else:
+        runs = [(start // item, -(-stop // item))]
+    sizes = [(leaf, item_size(dtype)) for leaf, dtype in _leaves(node)]
+    return [_need(leaf, first, last, size) for first, last in runs for leaf, size in sizes]
+
+
+def _need(leaf: Extent | Computed, first: int, last: int, size: int) -> Need:
+    """For elements of a leaf, `size` bytes each."""
+    if isinstance(leaf, Extent):
+        return Need(leaf, leaf.start + first * size, leaf.start + last * size)
+    (extent,) = leaves(leaf)
+    found = needed(leaf, first * size, last * size, size)
+    return Need(extent, extent.start + found.start, extent.start + found.stop)
 
 
 def evaluate(node: Computed, start: int, stop: int, inputs: Sequence[Buffer]) -> bytes:
     """The bytes `[start, stop)` of a result, from those of its `needs`."""
+    if node.op == INTERLEAVE:
+        return _evaluate_rows(node, start, stop, inputs)
     item = item_size(node.dtype)
+    if node.op == GATHER:
+        return gathered(node, start, stop, item, inputs[0])
     first, last = start // item, -(-stop // item)
     views = [
-        (memoryview(data).cast("B"), item_size(dtype)) for data, (_, dtype) in zip(inputs, _leaves(node), strict=True)
+        (memoryview(_dense(leaf, first, last, item_size(dtype), data)).cast("B"), item_size(dtype))
+        for data, (leaf, dtype) in zip(inputs, _leaves(node), strict=True)
     ]
     parts: list[bytes] = []
     with np.errstate(all="ignore"):
@@ -65,11 +89,49 @@ def evaluate(node: Computed, start: int, stop: int, inputs: Sequence[Buffer]) ->
     return b"".join(parts)[start - first * item : stop - first * item]
 
 
+def _dense(leaf: Extent | Computed, first: int, last: int, size: int, data: Buffer) -> Buffer:
+    return data if isinstance(leaf, Extent) else gathered(leaf, first * size, last * size, size, data)
+
+
 def item_size(dtype: str) -> int:
     return DTYPES[dtype].bits // 8
 
 
-def _leaves(node: Computed) -> Iterator[tuple[Extent, str]]:
+def row_size(node: Computed) -> int:
+    """In bytes, of what an `interleave` moves."""
+    return node.size // int(node.params[1])
+
+
+def heads_of(node: Computed) -> Rows:
+    """Params of an `interleave`: heads, rows."""
+    return Rows(int(node.params[0]), int(node.params[1]))
+
+
+def _evaluate_rows(node: Computed, start: int, stop: int, inputs: Sequence[Buffer]) -> bytes:
+    (part,), (dtype,) = node.inputs, node.dtypes
+    if dtype != node.dtype:
+        raise InvalidFormat(f"an operation {node.op!r} from {dtype} to {node.dtype}")
+    row = row_size(node)
+    count = 1 if isinstance(part, Extent) else sum(1 for _ in _leaves(part))
+    first, at, done = start // row, 0, list[bytes]()
+    for step in steps(heads_of(node), first, -(-stop // row)):
+        halves = []
+        for a, b in step.taken:
+            buffers, at = inputs[at : at + count], at + count
+            if isinstance(part, Extent):
+                data: Buffer = buffers[0]
+            else:
+                data = evaluate(part, a * row, b * row, buffers)
+            halves.append(np.frombuffer(data, np.uint8).reshape(-1, row))
+        done.append(step.arrange(halves).tobytes())
+    return b"".join(done)[start - first * row : stop - first * row]
+
+
+def _leaves(node: Computed) -> Iterator[tuple[Extent | Computed, str]]:
+    """What is read: stored elements as they are, or gathered."""
+    if node.op == GATHER:
+        yield node, node.dtype
+        return
     for part, dtype in zip(node.inputs, node.dtypes, strict=True):
         if isinstance(part, Extent):
             yield part, dtype
@@ -79,7 +141,7 @@ def _leaves(node: Computed) -> Iterator[tuple[Extent, str]]:
 
 def _value(node: Computed, buffers: Iterator[memoryview]) -> Array:
     inputs = [
-        _unpack(dtype, next(buffers)) if isinstance(part, Extent) else _value(part, buffers)
+        _unpack(dtype, next(buffers)) if isinstance(part, Extent) or part.op == GATHER else _value(part, buffers)
         for part, dtype in zip(node.inputs, node.dtypes, strict=True)
     ]
     operation = _OPERATIONS.get(node.op)
@@ -144,6 +206,10 @@ def _scale(inputs: Sequence[Array], dtype: str, params: Sequence[float]) -> Arra
     return _round(dtype, inputs[0] * _number(dtype, params[0]))
 
 
+def _add(inputs: Sequence[Array], dtype: str, params: Sequence[float]) -> Array:
+    return _round(dtype, inputs[0] + _number(dtype, params[0]))
+
+
 def _linear(inputs: Sequence[Array], dtype: str, params: Sequence[float]) -> Array:
     """Params: 1 to divide by the sum of weights or 0, then the weights."""
     weights = [_number(dtype, weight) for weight in params[1:]]
@@ -172,6 +238,7 @@ def _task_arithmetic(inputs: Sequence[Array], dtype: str, params: Sequence[float
 _OPERATIONS: dict[str, Callable[[Sequence[Array], str, Sequence[float]], Array]] = {
     "cast": _cast,
     "scale": _scale,
+    "add": _add,
     "linear": _linear,
     "task_arithmetic": _task_arithmetic,
 }

@@ -1,10 +1,13 @@
 """Whether models fit together in one merge: refusals that mergekit leaves to the loader, or to nobody. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from cakefs.errors import UserError
 from cakefs.formats.strictjson import brief
+from cakefs.plan.layers import scores_tokens
+from cakefs.plan.modelconfig import sets_apart
 from cakefs.plan.parents import Parent
+from cakefs.plan.view import Part
 
 # A model of another size in any of these cannot take the other's layers, whatever the shapes say.
 _SIZES = (
@@ -68,11 +71,24 @@ def _check_shapes(donor: Parent, other: Parent, where: str) -> None:
                 )
 
 
-def check_vocabulary(before: Parent, after: Parent) -> None:
-    """Raises UserError where the head scores other tokens than the embedding knows."""
-    embedding = before.token_embedding()
-    for name, part in after.heads().items():
-        if embedding and len(part.shape) == len(embedding.shape) == 2 and part.shape[0] != embedding.shape[0]:
+def check_vocabulary(donor: Parent, before: Parent, after: Parent, heads: Mapping[str, Part]) -> None:
+    """Raises UserError where the config counts, or the head scores, other tokens than the embedding knows.
+
+    Args:
+        donor: The model of the config.
+        before: That of the embedding.
+        after: That of the heads.
+    """
+    embedding, counted = before.token_embedding(), donor.token_embedding()
+    if embedding is not None and counted is not None and counted.shape[:1] != embedding.shape[:1]:
+        raise UserError(
+            f"config.json of {donor.name} is for {counted.shape[0]} tokens, {embedding.name} of {before.name} knows"
+            f" {embedding.shape[0]}"
+        )
+    if embedding is None or before is after:  # mllama's own embedding knows tokens that its head never scores
+        return
+    for name, part in heads.items():
+        if scores_tokens(name) and part.shape[:1] != embedding.shape[:1]:
             raise UserError(
                 f"{name} of {after.name} scores {part.shape[0]} tokens, {embedding.name} of {before.name} knows"
                 f" {embedding.shape[0]}"
@@ -102,8 +118,29 @@ def _generates(parent: Parent) -> bool:
     return "CausalLM" in str(kinds[0]) or "LMHead" in str(kinds[0])
 
 
-def odd_layers(parent: Parent, used: Sequence[int]) -> list[str]:
-    """Warnings for layers that lack tensors which most layers of the model have."""
+def check_first(parent: Parent, stack: Iterable[int], where: str) -> None:
+    """Refuses another first layer where loaders build the first one differently: T5 keeps its position bias there.
+
+    Seen by tensors that layer 0 alone has or lacks although the config says nothing that sets it apart.
+
+    Args:
+        stack: The numbers that the layers of the output had.
+    """
+    others = {layer: set(names) for layer, names in parent.layers.items() if layer < parent.depth}
+    first = others.pop(0, set())
+    if not first or not others or all((layer == 0) == (i == 0) for i, layer in enumerate(stack)):
+        return
+    strange = (first - set().union(*others.values())) | (set.intersection(*others.values()) - first)
+    if strange and not parent.is_packed and not sets_apart(parent.text_config(), parent.depth, 0):
+        odd = min(strange)
+        raise UserError(
+            f"{where}: layer 0 of {parent.name} alone {'has' if odd in first else 'lacks'} {odd.lstrip('.')}",
+            hint="loaders build their first layer so: begin with layer 0, and use it once",
+        )
+
+
+def odd_layers(parent: Parent, moved: Iterable[int]) -> list[str]:
+    """Warnings for layers, shown in another place than they were, that lack tensors which most layers have."""
     sets = {layer: frozenset(parent.layers[layer]) for layer in parent.layers if layer < parent.depth}
     counts: dict[frozenset[str], int] = {}
     for names in sets.values():
@@ -111,6 +148,6 @@ def odd_layers(parent: Parent, used: Sequence[int]) -> list[str]:
     usual = max(counts, key=lambda names: counts[names])
     return [
         f"layer {layer} of {parent.name} has no {min(usual - sets[layer]).lstrip('.')}; it is kept as it is"
-        for layer in sorted(set(used))
+        for layer in sorted(set(moved))
         if sets[layer] < usual
     ]

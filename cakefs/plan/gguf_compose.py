@@ -2,7 +2,8 @@
 
 A published file is stored as its header, each tensor with the padding behind it, and whatever follows the last. Padding
 belongs to the tensor because it need not be zero upstream and is too small to be fetched alone; nearly every tensor
-fills its 32 bytes anyway, so equal tensors are equal pieces in whatever file they are.
+fills its 32 bytes anyway, so equal tensors are equal pieces in whatever file they are. The long arrays of a header are
+pieces of their own: the vocabulary takes megabytes, and all quantizations of a model have the same.
 
 The merged file has the bytes that `llama-gguf-split --merge` writes: all keys of the first part, `split.count` moved to
 the end and set to 0; the tensors of all parts in order, trailing dimensions of 1 left out; zero padding. They differ
@@ -11,6 +12,7 @@ only where `general.alignment` is not 32: the tool then writes a file that llama
 
 import re
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from cakefs.errors import InvalidFormat
@@ -40,9 +42,16 @@ def is_gguf(path: str) -> bool:
     return path.endswith(".gguf")
 
 
+def header_ranges(header: Header) -> list[ByteRange]:
+    """What a header is stored as, without gap: its long arrays, and what is between them."""
+    long = [found for found in header.fields.values() if found.is_long]
+    cuts = [0, *(at for found in long for at in (found.start, found.stop)), header.size]
+    return [ByteRange(start, stop) for start, stop in pairwise(cuts) if start < stop]
+
+
 def piece_ranges(header: Header, file_size: int) -> list[ByteRange]:
     """What a published file is stored as, without gap: header, each tensor with its padding, what follows the last."""
-    ranges = [ByteRange(0, header.size)]
+    ranges = header_ranges(header)
     ranges.extend(ByteRange(t.start, t.start + t.padded) for t in header.tensors)
     if ranges[-1].stop < file_size:
         ranges.append(ByteRange(ranges[-1].stop, file_size))

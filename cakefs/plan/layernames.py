@@ -6,13 +6,19 @@ from typing import Any, NamedTuple
 
 from cakefs.errors import UserError
 from cakefs.formats.strictjson import brief
+from cakefs.plan.layers import same_stack
 from cakefs.plan.modelconfig import Take
+
+_REGEX = re.compile(r"re:|[+-]:|.*[\\\[(|]", re.DOTALL)
+_ANY_NUMBER = re.compile(r"\[0-9\][+*]?|\\d[+*]?")
+# A number where a name has a layer's: at the start of a component, perhaps in brackets.
+_HIDDEN = re.compile(r"(?:^|[.:])[(\[?:^]*[0-9]")
 
 
 class Renames(NamedTuple):
-    """Where the layers of the models went: (model, layer) -> new numbers; `word` is what stands before the number."""
+    """Where the layers of the models, all under `prefix`, went: (model, layer) -> new numbers."""
 
-    word: str
+    prefix: str
     numbers: Mapping[Take, Sequence[int]]
 
 
@@ -25,61 +31,66 @@ def map_names(values: Sequence[Any], renames: Renames, donor: int, where: str) -
     Raises:
         UserError: Where the models differ in anything but names of layers, or a pattern hides a layer's number.
     """
-    pattern = re.compile(rf"(?<![A-Za-z0-9_]){re.escape(renames.word)}\.(\d+)(?![0-9])")
-    stripped = [_strip(value, pattern, where) for value in values if value is not None]
+    names = _Names(renames, where)
+    stripped = [names.strip(value) for value in values if value is not None]
     if len(stripped) not in (0, len(values)) or any(s != stripped[0] for s in stripped[1:]):
         raise UserError(f"{where}: differs between the models, so that one cannot hold for all")
-    return _map(values, pattern, renames, donor)
+    return names.map(values, donor)
 
 
-def _layer_in(name: object, pattern: re.Pattern[str], where: str) -> int | None:
-    if type(name) is not str:
-        return None
-    match = pattern.search(name)
-    plain = name.replace("\\.", ".")
-    if (
-        (name.startswith("re:") or "\\" in name or "*" in name)
-        and pattern.search(plain)
-        and re.search(r"[\[(|\\]", name)
-    ):
-        raise UserError(f"{where}: pattern {brief(name)} speaks of single layers; cakefs cannot renumber it")
-    return None if match is None else int(match[1])
+class _Names:
+    """Finds layers in names, and gives them their new numbers."""
 
+    def __init__(self, renames: Renames, where: str) -> None:
+        self._prefix, self._numbers, self._where = renames.prefix, renames.numbers, where
+        word = re.escape(renames.prefix.rpartition(".")[2])
+        self._pattern = re.compile(rf"(?<![A-Za-z0-9_]){word}\.(\d+)(?![0-9])")
 
-def _strip(value: Any, pattern: re.Pattern[str], where: str) -> Any:
-    """Without the names of single layers; checks for patterns on the way."""
-    if type(value) is dict:
-        return {k: _strip(v, pattern, where) for k, v in value.items() if _layer_in(k, pattern, where) is None}
-    if type(value) is list:
-        return [_strip(v, pattern, where) for v in value if _layer_in(v, pattern, where) is None]
-    return value
+    def strip(self, value: Any) -> Any:
+        """Without the names of single layers; checks for patterns on the way."""
+        if type(value) is dict:
+            return {k: self.strip(v) for k, v in value.items() if self._find(k) is None}
+        if type(value) is list:
+            return [self.strip(v) for v in value if self._find(v) is None]
+        return value
 
+    def map(self, values: Sequence[Any], donor: int) -> Any:
+        own = values[donor]
+        if type(own) is list:
+            kept = [self.map([v] * len(values), donor) for v in own if self._find(v) is None]
+            moved = [new for model, other in enumerate(values) for v in other or () for new in self._renamed(v, model)]
+            return [*kept, *dict.fromkeys(moved)]
+        if type(own) is dict:
+            plain = (key for key in own if self._find(key) is None)
+            result = {key: self.map([(other or {}).get(key) for other in values], donor) for key in plain}
+            for model, other in enumerate(values):
+                for key, value in (other or {}).items():
+                    result.update(dict.fromkeys(self._renamed(key, model), value))
+            return result
+        return own
 
-def _map(values: Sequence[Any], pattern: re.Pattern[str], renames: Renames, donor: int) -> Any:
-    own = values[donor]
-    if type(own) is list:
-        kept = [_map([v] * len(values), pattern, renames, donor) for v in own if not _named(v, pattern)]
-        moved = [new for k, other in enumerate(values) for v in other or () for new in _renamed(v, k, pattern, renames)]
-        return [*kept, *dict.fromkeys(moved)]
-    if type(own) is dict:
-        result = {}
-        for key in own:
-            if not _named(key, pattern):
-                result[key] = _map([(o or {}).get(key) for o in values], pattern, renames, donor)
-        for k, other in enumerate(values):
-            for key, value in (other or {}).items():
-                result.update(dict.fromkeys(_renamed(key, k, pattern, renames), value))
-        return result
-    return own
+    def _find(self, name: object) -> re.Match[str] | None:
+        """Where a name says which layer it is of. Refuses a pattern that says it in a way not to be rewritten."""
+        if type(name) is not str:
+            return None
+        match = self._pattern.search(name)
+        if match is not None and not same_stack(name[: match.start()], self._prefix):
+            return None
+        if _REGEX.match(name) and (match is None or re.search(r"[\\\[(|]", name)):
+            if _HIDDEN.search(_ANY_NUMBER.sub("", name).replace("\\", "")):
+                raise UserError(
+                    f"{self._where}: pattern {brief(name)} speaks of single layers; cakefs cannot renumber it"
+                )
+        elif match is not None and name[match.end() :].startswith("*"):
+            others = {str(take.layer) for take in self._numbers} - {match[1]}
+            if any(other.startswith(match[1]) for other in others):
+                raise UserError(f"{self._where}: {brief(name)} speaks of several layers; cakefs cannot renumber it")
+        return match
 
-
-def _named(name: object, pattern: re.Pattern[str]) -> bool:
-    return type(name) is str and pattern.search(name) is not None
-
-
-def _renamed(name: object, model: int, pattern: re.Pattern[str], renames: Renames) -> list[str]:
-    match = pattern.search(name) if type(name) is str else None
-    if match is None or type(name) is not str:
-        return []
-    new = renames.numbers.get(Take(model, int(match[1])), ())
-    return [f"{name[: match.start(1)]}{number}{name[match.end(1) :]}" for number in new]
+    def _renamed(self, name: object, model: int) -> list[str]:
+        match = self._find(name)
+        if match is None:
+            return []
+        rest = re.sub(r"^\*", ".*", match.string[match.end() :])  # `layers.6*` would also be layer 60 of a longer stack
+        new = self._numbers.get(Take(model, int(match[1])), ())
+        return [f"{match.string[: match.start(1)]}{number}{rest}" for number in new]

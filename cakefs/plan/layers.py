@@ -16,10 +16,12 @@ from cakefs.formats.strictjson import brief
 MAX_LAYER = 99_999  # No model comes near; a slip of the finger must not cost memory.
 
 _ITEM = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
-_NUMBER = re.compile(r"0|[1-9][0-9]*")
+_NAME = re.compile(r"(.*?)\.(0|[1-9][0-9]{0,7})(\..*)?", re.DOTALL)
 
-Groups = Mapping[str, Mapping[int, list[str]]]
-"""Prefix -> layer number -> names of its tensors."""
+Group = Mapping[int, Mapping[str, str]]
+"""Layer number -> what follows it in a name -> the name."""
+Groups = Mapping[str, Group]
+"""By prefix."""
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -66,40 +68,26 @@ class Name(NamedTuple):
     rest: str
 
 
-def split_name(name: str) -> Name | None:
-    """None for a name without a numeric component after the first place."""
-    start = 0
-    while (dot := name.find(".", start)) >= 0:
-        stop = name.find(".", dot + 1)
-        part = name[dot + 1 : stop if stop >= 0 else len(name)]
-        if part[:1].isdigit() and len(part) < 9 and _NUMBER.fullmatch(part):
-            return Name(name[:dot], int(part), name[dot + 1 + len(part) :])
-        start = dot + 1
-    return None
-
-
-def split_at(name: str, prefix: str) -> Name | None:
-    """As `split_name`, for a prefix that is known: it may lie behind another number."""
-    if not name.startswith(prefix + "."):
+def split_name(name: str, prefix: str = "") -> Name | None:
+    """At the first number, or at the one behind a prefix that is known. None where there is none."""
+    match = _NAME.fullmatch(name, len(prefix)) if name.startswith(prefix) else None
+    if match is None or (prefix and match[1]):
         return None
-    part, dot, rest = name[len(prefix) + 1 :].partition(".")
-    if len(part) < 9 and _NUMBER.fullmatch(part):
-        return Name(prefix, int(part), dot + rest)
-    return None
+    return Name(prefix or match[1], int(match[2]), match[3] or "")
 
 
-def group_layers(names: Iterable[str]) -> dict[str, dict[int, list[str]]]:
-    """All names with a number in them, by what stands before it."""
-    groups: dict[str, dict[int, list[str]]] = {}
+def group_layers(names: Iterable[str], prefix: str = "") -> dict[str, dict[int, dict[str, str]]]:
+    """All names with a number in them, by what stands before it; or those under a prefix that is known."""
+    groups: dict[str, dict[int, dict[str, str]]] = {}
     for name in names:
-        split = split_name(name)
+        split = split_name(name, prefix)
         if split is not None:
-            groups.setdefault(split.prefix, {}).setdefault(split.layer, []).append(name)
+            groups.setdefault(split.prefix, {}).setdefault(split.layer, {})[split.rest] = name
     return groups
 
 
 def numbers(group: Collection[int]) -> str:
-    """The layers of a group as a message says them."""
+    """Layers as a message says them."""
     return f"layers {layers_text(group)}" if len(group) > 1 else f"layer {layers_text(group)}"
 
 
@@ -137,17 +125,13 @@ def detect_prefix(groups: Groups, count: int | None, beyond: int = 0) -> str:
     raise UserError(f"{said} {which} {'could be them' if fitting else 'fits'}", hint=hint)
 
 
-def check_prefix(names: Iterable[str], prefix: str, groups: Groups) -> dict[int, list[str]]:
-    """The layers under a prefix that the user named, with or without the dot at its end."""
-    found: dict[int, list[str]] = {}
+def group_at(names: Iterable[str], prefix: str, groups: Groups) -> Group:
+    """The layers under a prefix that the user named, with or without the dot at its end: it may be behind a number."""
     clean = prefix.removesuffix(".")
-    for name in names:
-        split = split_at(name, clean)
-        if split is not None:
-            found.setdefault(split.layer, []).append(name)
-    if not found:
+    group = groups.get(clean) or group_layers(names, clean).get(clean)
+    if not clean or group is None:
         raise UserError(f"prefix {brief(prefix)} matches no layer", hint=f"there is: {describe(groups)}")
-    return found
+    return group
 
 
 # --- what is no layer -----------------------------------------------------------------------------------------------
@@ -166,14 +150,17 @@ _BEFORE = frozenset({
     "tok_embeddings", "embed_in", "embed_positions", "position_embeddings", "token_type_embeddings", "shared",
     "layernorm_embedding", "embeddings_layernorm", "embed_tokens_per_layer", "per_layer_model_projection",
     "per_layer_projection_norm", "project_in", "embed_norm", "emb_norm", "rotary_emb", "rotary_pos_emb",
-    "altup_projections",
+    "altup_projections", "patch_embed", "patch_embedding", "patch_embeddings", "patch_embedder", "patch_conv",
+    "class_embedding", "position_embedding",
 })  # fmt: skip
 _HEADS = frozenset({"lm_head", "embed_out", "output_layer", "output"})
 _AFTER = _HEADS | {
     "norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f", "ln_out", "head", "project_out",
     "score", "classifier", "post_layernorm", "altup_unembed_projections", "embedding_norm", "mtp",
 }  # fmt: skip
-_TOKENS = frozenset({"embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared"})
+_TOKENS = frozenset({
+    "embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in", "shared", "token_embedding",
+})  # fmt: skip
 _TOWER = re.compile(r"vis(ion|ual)?|image|audio|speech|connector|projector|aligner|resampler", re.IGNORECASE)
 
 
@@ -185,6 +172,8 @@ def role_of(name: str, prefix: str, roots: Collection[str] = ()) -> Role:
     """
     root = prefix.rpartition(".")[0]
     parts = name.split(".")
+    if predicts_further(name):
+        return Role.AFTER
     if any(other and other != root and not root.startswith(other) and name.startswith(other + ".") for other in roots):
         return Role.OTHER
     if any(_TOWER.search(part) for part in parts[:3]) and not _TOWER.search(prefix):
@@ -201,11 +190,35 @@ def _word_role(parts: list[str]) -> Role:
     return Role.OTHER
 
 
+def predicts_further(name: str) -> bool:
+    """Whether the tensor is of a head for further tokens (MTP) that is named apart from the layers."""
+    return any(part.startswith("mtp") for part in name.split(".")[:3])
+
+
+def same_stack(before: str, prefix: str) -> bool:
+    """Whether what stands before a layer's number may mean the layers under a prefix, which loaders call differently.
+
+    A tower and the text are never the same, nor are an encoder and a decoder, nor the layers and those of an MTP head.
+    """
+    if bool(_TOWER.search(before)) != bool(_TOWER.search(prefix)) or predicts_further(before) != predicts_further(
+        prefix
+    ):
+        return False
+    return not {"encoder", "decoder"} <= {*before.split("."), *prefix.split(".")}
+
+
 def is_head(name: str) -> bool:
-    """Whether the tensor turns hidden states into token scores."""
-    return not _HEADS.isdisjoint(name.split(".")[-3:])
+    """Whether the tensor helps to turn hidden states into token scores."""
+    return name in ("head.weight", "head.bias") or not _HEADS.isdisjoint(name.split(".")[-3:])
+
+
+def scores_tokens(name: str) -> bool:
+    """Whether the tensor of a head has a row for each token."""
+    parts = name.split(".")
+    return parts[-1] == "weight" and (name == "head.weight" or parts[-2] in _HEADS)
 
 
 def is_token_embedding(name: str) -> bool:
     """Whether a tied head would reuse this tensor."""
-    return not _TOKENS.isdisjoint(name.split("."))
+    parts = name.split(".")
+    return parts[-2:] == ["embeddings", "weight"] or not _TOKENS.isdisjoint(parts)

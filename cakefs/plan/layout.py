@@ -7,10 +7,10 @@ Segments of size 0 are left out: nothing is ever read from them.
 from array import array
 from bisect import bisect_right
 from enum import IntEnum
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
-from cakefs.model import ByteRange, Computed, Extent, File, Literal, Segment
+from cakefs.model import ByteRange, Computed, Extent, File, Literal, Manifest, Segment
 
 
 class Kind(IntEnum):
@@ -86,6 +86,15 @@ class Layout:
         """Where in the file the segment lies."""
         return ByteRange(self._stops[segment - 1] if segment else 0, self._stops[segment])
 
+    def extent_at(self, offset: int) -> tuple[int, int, int, int] | None:
+        """The extent that a byte of the file lies in: its first and last-plus-one byte in the file, the span of the
+        manifest and where in that it begins. None for a byte that is no span's."""
+        segment = bisect_right(self._stops, offset)
+        if self._kinds[segment]:
+            return None
+        start = self._stops[segment - 1] if segment else 0
+        return start, self._stops[segment], self._refs[segment], self._starts[segment]
+
     def locate(self, offset: int, size: int) -> list[Piece]:
         """The pieces that make up `[offset, offset + size)`, in order, clamped to the end of the file."""
         stop = min(offset + size, self.size)
@@ -103,3 +112,16 @@ class Layout:
             begin = end
             segment += 1
         return pieces
+
+
+def header_segments(manifest: Manifest, file: File) -> int:
+    """How many segments, of those that a layout counts, come before the first tensor.
+
+    One in every file of several segments, but for GGUF, where the long lists of a header are segments of their own.
+    """
+    filled = (segment for segment in file.segments if segment.size)
+    if not file.path.endswith(".gguf"):
+        return int(sum(1 for _ in islice(filled, 2)) == 2)
+    tensors = {tensor.span for tensor in manifest.tensors}
+    data = (i for i, s in enumerate(filled) if isinstance(s, Computed) or (isinstance(s, Extent) and s.span in tensors))
+    return next(data, 0)

@@ -6,28 +6,29 @@ refused by its key. Values are taken from the config of the model that a layer c
 """
 
 import copy
-import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from cakefs.errors import InvalidFormat, UserError
 from cakefs.formats.strictjson import brief
 from cakefs.plan.positions import INDICES, NEEDS, PER_LAYER, Rule, rules_of
+from cakefs.plan.sections import (
+    BEYOND,
+    TEXT_CONFIGS,
+    Config,
+    Section,
+    count_keys,
+    is_encoder_decoder,
+    nested_configs,
+    section_of,
+)
 
-Config = dict[str, Any]
-
-_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth", "layers", "num_blocks")
-_ENCODER = ("encoder_layers", "num_encoder_layers")
-_DECODER = ("decoder_layers", "num_decoder_layers")
-_BEYOND = ("num_nextn_predict_layers", "num_mtp_layers")
-_TEXT = ("text_config", "llm_config", "language_config", "thinker_config", "language_model_config", "decoder_config")
 _SHARED = {"albert": "all its layers are one", "zamba": "its layers share blocks", "zamba2": "its layers share blocks"}
 _LAST_FULL = ("gemma4_text", "gemma4_unified_text", "embedding_gemma2_text", "diffusion_gemma_text")
 _WINDOW_RULES = ("sliding_window_pattern", "_sliding_window_pattern", "max_window_layers")
-_VISION = re.compile(r"vis|image|vit\b|siglip|clip", re.IGNORECASE)
-_AUDIO = re.compile(r"audio|speech|whisper", re.IGNORECASE)
 _SUSPECT = re.compile(
     r"(layer|block|attn|attention|moe|mlp|expert|sparse|dense|rope|window|global|local)\w*"
     r"(interval|period|pattern|every|freq\b|frequency|_step\b|offset)|layers?_group_size|layers_per_"
@@ -35,22 +36,6 @@ _SUSPECT = re.compile(
 _HARMLESS = re.compile(
     r"token|norm|vocab|time_step|relative_attention|chunk|mel|frame|image|spatial|temporal|loss|cache"
 )
-
-
-class Section(NamedTuple):
-    """Where a config counts a stack of layers.
-
-    Attributes:
-        path: Keys from the top to the nested config that holds the counts.
-        keys: Those that hold the count.
-        layers: How many.
-        beyond: Heads for further tokens (MTP) that are named as layers after the last one.
-    """
-
-    path: tuple[str, ...]
-    keys: tuple[str, ...]
-    layers: int
-    beyond: int
 
 
 class Take(NamedTuple):
@@ -65,72 +50,6 @@ class Rewritten(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def parse_config(data: bytes, path: str) -> Config:
-    """Raises InvalidFormat. Infinity and NaN are let through: transformers writes them."""
-    try:
-        config = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InvalidFormat(f"{path} is not JSON: {error}") from error
-    if type(config) is not dict:
-        raise InvalidFormat(f"{path} is not a JSON object")
-    return config
-
-
-def encode_config(config: Config) -> bytes:
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "surrogatepass")
-
-
-# --- finding the counts ---------------------------------------------------------------------------------------------
-
-
-def find_section(config: Config, prefix: str = "") -> Section | None:
-    """The counts of the layers under a prefix that is known, else of the main stack; None where there are none."""
-    sections = list(_sections(config, ()))
-    kind = _VISION if _VISION.search(prefix) else _AUDIO if _AUDIO.search(prefix) else None
-    if kind is not None:
-        sections.sort(key=lambda s: not any(kind.search(key) for key in s[0]))
-    for path, section in sections:
-        keys = _count_keys(section, prefix)
-        if keys:
-            beyond = next((section[k] for k in _BEYOND if type(section.get(k)) is int and section[k] > 0), 0)
-            if "decoder" in prefix and is_encoder_decoder(section) and keys[0] in _COUNTS:
-                return Section(path, ("num_decoder_layers",), section[keys[0]], beyond)  # T5: as many as the encoder
-            return Section(path, keys, section[keys[0]], beyond)
-    return None
-
-
-def is_encoder_decoder(config: Config) -> bool:
-    return bool(config.get("is_encoder_decoder")) or any(key in config for key in _DECODER)
-
-
-def section_of(config: Config, section: Section) -> Config:
-    for key in section.path:
-        config = config[key]
-    return config
-
-
-def _sections(config: Config, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Config]]:
-    """The config and those nested in it, text first."""
-    yield path, config
-    nested = [key for key, value in config.items() if type(value) is dict and key.endswith("config")]
-    for key in sorted(nested, key=lambda k: (k not in _TEXT, k)):
-        if "quant" not in key:
-            yield from _sections(config[key], (*path, key))
-
-
-def _count_keys(section: Config, prefix: str) -> tuple[str, ...]:
-    """Those keys that hold the one count in question."""
-    wanted: tuple[str, ...] = _COUNTS
-    if is_encoder_decoder(section):
-        wanted = (*_DECODER, *(() if any(k in section for k in _DECODER) else _COUNTS))
-        wanted = wanted if "decoder" in prefix else (*_ENCODER, *_COUNTS)
-    found = [key for key in wanted if type(section.get(key)) is int and section[key] > 0]
-    return tuple(key for key in found if section[key] == section[found[0]])
-
-
-# --- rewriting ------------------------------------------------------------------------------------------------------
-
-
 def rewrite_config(
     configs: Sequence[Config], sections: Sequence[Section], stack: Sequence[Take], *, donor: int = 0, beyond: int = 0
 ) -> Rewritten:
@@ -138,27 +57,34 @@ def rewrite_config(
 
     Args:
         sections: Of the configs, one each.
-        beyond: How many MTP heads there are behind the last layer.
+        beyond: How many MTP heads there are.
 
     Raises:
         UserError: Naming the key that cannot be made to fit.
     """
     config = copy.deepcopy(configs[donor])
     writer = _Writer(configs, sections, stack, donor, beyond)
-    try:
+    with _values_checked():
         writer.write(section_of(config, sections[donor]))
         for path, twin in _twins(config, configs[donor], sections[donor]):
             writer.write(twin, path)
+    return Rewritten(config, tuple(writer.warnings))
+
+
+@contextmanager
+def _values_checked() -> Iterator[None]:
+    """What a value of an unexpected form leads to is the fault of the file."""
+    try:
+        yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise InvalidFormat(f"config.json: a value is not of the form it should have ({error})") from error
-    return Rewritten(config, tuple(writer.warnings))
 
 
 def _twins(config: Config, before: Config, main: Section) -> Iterator[tuple[tuple[str, ...], Config]]:
     """Nested text configs that repeat what the top says: some files say everything twice."""
-    for path, section in _sections(before, ()):
-        keys = _count_keys(section, "")
-        if path and not main.path and path[-1] in _TEXT and keys and section[keys[0]] == main.layers:
+    for path, section in nested_configs(before, ()):
+        keys = count_keys(section, "")
+        if path and not main.path and path[-1] in TEXT_CONFIGS and keys and section[keys[0]] == main.layers:
             nested = _at(config, path)
             assert nested is not None
             yield path, nested
@@ -185,8 +111,8 @@ class _Writer:
             target.setdefault("num_decoder_layers", before["num_layers"])  # T5: the decoder keeps its count
         for key in keys:
             target[key] = len(self._stack)
-        for key in _BEYOND:
-            if type(target.get(key)) is int and target[key] > 0:
+        for key in BEYOND:
+            if any(type(source.get(key)) is int and source[key] > 0 for source in sources):
                 target[key] = self._beyond
         handled = set(self._lists(target, before, sources))
         handled.update(self._rules(target, sources))
@@ -205,7 +131,7 @@ class _Writer:
             elif key == "kv_source_layers" and type(value) is list:
                 target[key] = self._kv_sources(sources)
                 yield key
-            elif type(value) is dict and value and all(k.isdecimal() for k in value):
+            elif "layer" in key and type(value) is dict and value and all(k.isdecimal() for k in value):
                 target[key] = self._by_number(key, value, sources)
                 yield key
             elif self._is_per_layer(key, value, n):
@@ -263,9 +189,7 @@ class _Writer:
                     f"config.json: {rule.key} cannot say which layer is of which kind in this order",
                     hint=f"choose layers that keep the rhythm of {target.get('model_type', 'the model')}",
                 )
-            elif any(
-                key in target for key in ("sliding_window_pattern", "_sliding_window_pattern", "max_window_layers")
-            ):
+            elif any(key in target for key in _WINDOW_RULES):
                 self.warnings.append(f"config.json: {rule.key} is listed, and no longer follows the rule beside it")
 
     def _value(self, rule: Rule, sources: list[Config], take: Take) -> Any:
@@ -285,6 +209,15 @@ class _Writer:
                     raise UserError(
                         f"config.json: {key} is not listed, and the rule of {kind} for it is not known here"
                     )
+            if source.get("hidden_size_per_layer_input") and not self._is_identity():
+                raise UserError(
+                    f"config.json: {kind} cannot be restacked: its embedding has a part for each layer"
+                    " (hidden_size_per_layer_input)"
+                )
+
+    def _is_identity(self) -> bool:
+        """Whether every layer stays what and where it is."""
+        return list(self._stack) == [Take(self._donor, i) for i in range(self._counts[self._donor])]
 
     def _kv_sources(self, sources: list[Config]) -> list[int]:
         """Each layer's source of keys and values: the nearest copy of the same layer before it, or itself."""
@@ -351,7 +284,7 @@ class _Writer:
     def _check_rest(self, target: Config, before: Config, handled: set[str]) -> None:
         """Refuses what looks like a statement on single layers and is not understood."""
         n, rules = self._counts[self._donor], rules_of(before)
-        if list(self._stack) == [Take(self._donor, i) for i in range(n)]:
+        if self._is_identity():
             return
         known = handled | {rule.key for rule in rules} | PER_LAYER | INDICES
         for key, value in before.items():
@@ -365,6 +298,15 @@ class _Writer:
                 raise UserError(
                     f"config.json: {key} ({brief(value)}) may speak of single layers in a way not known here"
                 )
+
+
+def sets_apart(section: Config, n: int, layer: int) -> bool:
+    """Whether the config says of a layer of `n` what it says of no other."""
+    with _values_checked():
+        facts: list[list[Any]] = [rule.values(section, n) for rule in rules_of(section)]
+    facts += [list(v)[:n] for k, v in section.items() if k in PER_LAYER and isinstance(v, list | str) and len(v) >= n]
+    facts += [[i in v for i in range(n)] for k, v in section.items() if k in INDICES and isinstance(v, list)]
+    return any(kinds.count(kinds[layer]) == 1 for kinds in facts)
 
 
 def _attention(config: Config, n: int) -> list[Any]:

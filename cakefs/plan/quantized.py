@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from cakefs.model import View
 from cakefs.plan.layernames import Renames, map_names
-from cakefs.plan.modelconfig import Config, Take, encode_config, parse_config
+from cakefs.plan.modelconfig import Take
 from cakefs.plan.parents import QUANTIZATION, Parent
+from cakefs.plan.sections import Config, encode_config, parse_config
 from cakefs.plan.view import ReadSmall, ViewBuilder
 
 _FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
@@ -29,7 +30,10 @@ def map_quantization(
     Raises:
         UserError: The models are quantized differently, or a pattern hides a layer's number.
     """
-    renames = Renames(parents[donor].prefix.rpartition(".")[2], places)
+    depths = sum(len(parent.layers) for parent in parents)
+    if len(places) == depths and all(tuple(numbers) == (take.layer,) for take, numbers in places.items()):
+        return  # Every layer stays where it is.
+    renames = Renames(parents[donor].prefix, places)
     for key in QUANTIZATION:
         values = [parent.config.get(key) for parent in parents]
         if any(value is not None for value in values):

@@ -39,3 +39,18 @@ def subtract(ranges: Iterable[ByteRange], holes: Iterable[ByteRange]) -> list[By
         if start < stop:
             rest.append(ByteRange(start, stop))
     return rest
+
+
+def tiling(spans: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:
+    """Spans that follow each other from 0 to `size` without gap; None when there is a gap.
+
+    Where spans overlap (a header and the whole file, say), the longer one that begins at the needed place is taken.
+    """
+    longest: dict[int, int] = {}
+    for start, stop in spans:
+        longest[start] = max(stop, longest.get(start, 0))
+    position, chosen = 0, []
+    while longest.get(position, position) > position:
+        chosen.append((position, longest[position]))
+        position = longest[position]
+    return chosen if position == size else None

@@ -23,7 +23,9 @@ from cakefs.plan.ranges import coalesce, subtract
 RUN_WINDOW = MIB  # Of a run seen for the first time: two reads in a row may be chance.
 FIRST_WINDOW = 8 * MIB  # Of the second head of a walk. Guess: two requests of 4 MiB, 64 ms of a 1 Gbit/s link.
 LAST_WINDOW = 256 * MIB  # 2 s of a 1 Gbit/s link; more only makes a wrong guess dearer.
+LOCAL_WINDOW = 32 * MIB  # Where all is here: how far ahead a cold disk is told of a reader (more gained nothing).
 HEAD_LIMIT = 64 * MIB  # A first touch wants at most this much of one tensor.
+FIRST_HEADS = 64  # With the second head of a walk. Each step more would be a round trip more.
 HEADS = 256  # Heads wanted at once: 512 MiB at most.
 AROUND = MIB  # The kernel reads before a fault up to one request; the head is there only when that has come, too.
 HOLES_PART = 4  # At the end up to a quarter of the file is filled in; a worker with half of the layers wants half.
@@ -44,10 +46,11 @@ NOTHING = Ahead([], [])
 
 
 class _Stream(NamedTuple):
-    """Reads that follow each other: where they began, and the window ahead of the last."""
+    """Reads that follow each other: where they began, the window ahead of the last, and where that ended."""
 
     begin: int
     window: int
+    end: int
 
 
 class Readahead:
@@ -56,77 +59,89 @@ class Readahead:
     Args:
         starts: Offsets of the tensors' first bytes in the file, rising; what lies before the first is header.
         size: Of the file, in bytes.
+
+    Attributes:
+        local: What is wanted is here, and comes from a disk: little is wanted ahead, and again at the next pass.
     """
+
+    local = False
 
     def __init__(self, starts: Sequence[int], size: int) -> None:
         self._starts = starts
         self._size = size
         self._seen = bytearray(len(starts))  # heads that were touched
-        self._streams: OrderedDict[int, _Stream] = OrderedDict()  # by the end of its last read
+        self._streams: OrderedDict[int, _Stream] = OrderedDict()  # by the SLACK that its last read ended in
         self._heads = 0
-        self._quiet = ByteRange(0, 0)  # a run that is at `start` and needs no look before `stop`
+        self._at, self._until = 0, 0  # a run that is at the one and needs no look before the other
         self._asked: list[ByteRange] = []  # disjoint, rising, never touching
+
+    @property
+    def limit(self) -> int:
+        """The largest window."""
+        return LOCAL_WINDOW if self.local else LAST_WINDOW
 
     def observe(self, offset: int, size: int) -> Ahead:
         """Notes a read of `size` bytes at `offset`; returns what should be fetched soon and was not asked for yet."""
         stop = offset + size
-        if offset == self._quiet[0] and stop < self._quiet[1]:
-            self._quiet = ByteRange(stop, self._quiet[1])
+        if offset == self._at and stop < self._until:
+            self._at = stop
             return NOTHING
         return self._look(offset, stop)
 
     def _look(self, offset: int, stop: int) -> Ahead:
-        if self._quiet[1]:
-            self._remember(self._quiet[0], _Stream(self._quiet[0] - LAST_WINDOW, LAST_WINDOW))
-            self._quiet = ByteRange(0, 0)
-        stream = self._continued(offset, stop) or _Stream(offset, 0)
+        if self._until:
+            self._remember(_Stream(self._at - self.limit, self.limit, self._at))
+            self._until = 0
+        stream = self._continued(offset, stop) or _Stream(offset, 0, stop)
         if offset < (self._starts[0] if self._starts else 0):
-            self._remember(stop, stream)
+            self._remember(stream)
             return NOTHING
         head = bisect_left(self._starts, offset)
         if head < len(self._starts) and self._starts[head] < stop <= stream.begin + WALK_REACH:
             return self._touched_head(head, stop, stream)
         if stream.begin == offset:
-            self._remember(stop, stream)
+            self._remember(stream)
             return NOTHING
         return Ahead([], self._run_on(stop, stream))
 
     def _run_on(self, stop: int, stream: _Stream) -> list[ByteRange]:
-        window = min(LAST_WINDOW, max(RUN_WINDOW, 2 * stream.window))
-        self._remember(stop, _Stream(stream.begin, window))
+        window = min(self.limit, max(RUN_WINDOW, 2 * stream.window))
+        self._remember(_Stream(stream.begin, window, stop))
         wanted = self._ask(stop, stop + window)
-        if window == LAST_WINDOW:
-            self._quiet = ByteRange(stop, self._frontier(stop) - LAST_WINDOW // 2)
+        if window == self.limit:
+            frontier = self._frontier(stop)
+            self._at, self._until = stop, frontier - self.limit // 2 if frontier < self._size else self._size
         return wanted
 
     def forget(self) -> None:
         """What was asked for did not come (or went): later observations may ask for it again."""
         self._asked.clear()
-        self._quiet = ByteRange(0, 0)
+        self._until = 0
 
     def _continued(self, offset: int, stop: int) -> _Stream | None:
-        """The stream that this read goes on with, taken out of the table."""
-        if offset in self._streams:
-            return self._streams.pop(offset)
-        for end in reversed(self._streams):
-            if end - SLACK <= offset <= end + SLACK and stop > end:
-                return self._streams.pop(end)
+        """The stream that this read goes on with, taken out of the table and brought to its end."""
+        near = offset // SLACK
+        for place in (near, near - 1, near + 1):
+            stream = self._streams.get(place)
+            if stream is not None and abs(offset - stream.end) <= SLACK and stop > stream.end:
+                del self._streams[place]
+                return stream._replace(end=stop)
         return None
 
     def _touched_head(self, head: int, stop: int, stream: _Stream) -> Ahead:
         self._heads += not self._seen[head]
         self._seen[head] = 1
-        window = min(LAST_WINDOW, FIRST_WINDOW << min(self._heads - 1, 8)) if self._heads > 1 else 0
-        self._remember(stop, _Stream(stream.begin, max(window, stream.window)))
+        window = min(self.limit, FIRST_WINDOW << min(self._heads - 1, 8)) if self._heads > 1 else 0
+        self._remember(_Stream(stream.begin, max(window, stream.window), stop))
         next_head = bisect_left(self._starts, stop)
         tensor_stop = self._starts[next_head] if next_head < len(self._starts) else self._size
         heads = self._heads_after(head) if self._heads > 1 else []
-        return Ahead(heads, self._ask(stop, max(min(tensor_stop, stop + HEAD_LIMIT), stop + window)))
+        return Ahead(heads, self._ask(stop, max(min(tensor_stop, stop + min(HEAD_LIMIT, self.limit)), stop + window)))
 
     def _heads_after(self, head: int) -> list[ByteRange]:
-        """The heads of the next tensors with what is read around them: twice as many with every head touched."""
+        """The heads of the next tensors with what is read around them: four times as many with every head touched."""
         first = head + 1
-        last = min(len(self._starts), first + min(HEADS, 1 << min(self._heads, 30)))
+        last = min(len(self._starts), first + min(HEADS, FIRST_HEADS << 2 * min(self._heads - 2, 15)))
         ends = [*self._starts[first + 1 : last + 1], self._size][: last - first]
         starts = self._starts[first:last]
         heads = [ByteRange(s - AROUND, min(s + CHUNK, e)) for s, e in zip(starts, ends, strict=True)]
@@ -138,6 +153,8 @@ class Readahead:
     def _ask(self, position: int, target: int) -> list[ByteRange]:
         """Asks only when half of the window is new, so that requests stay large."""
         target = min(target, self._size)
+        if self.local:
+            self._asked = [r for r in self._asked if r.stop > position]
         frontier = self._frontier(position)
         if frontier >= target or (
             frontier > position and target < self._size and 2 * (target - frontier) < target - position
@@ -164,7 +181,7 @@ class Readahead:
         at = bisect_right(self._asked, (position, self._size + 1)) - 1
         return max(position, self._asked[at].stop) if at >= 0 else position
 
-    def _remember(self, stop: int, stream: _Stream) -> None:
-        self._streams[stop] = stream
+    def _remember(self, stream: _Stream) -> None:
+        self._streams[stream.end // SLACK] = stream
         if len(self._streams) > STREAMS:
             self._streams.popitem(last=False)

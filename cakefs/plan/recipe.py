@@ -158,14 +158,14 @@ def _ratios(value: object) -> tuple[Ratio, ...]:
         if type(entry) is not list or len(entry) != 2:
             raise UserError(f"{where}: {brief(entry)} is not a pair [start, end]")
         for k, number in enumerate(entry):
-            if type(number) not in (int, Decimal):
+            if type(number) is not int and not isinstance(number, Decimal):
                 raise UserError(f"{where}[{k}]: {brief(number)} is not a number")
         ratios.append(Ratio(Decimal(entry[0]), Decimal(entry[1]), where))
     return tuple(ratios)
 
 
 def _raw_map(value: object) -> tuple[int, ...]:
-    if type(value) is str:
+    if type(value) is str and "," in value:  # as on the command line
         return parse_map(value)
     entries = _list(value, "repeat_map_raw", "layer numbers")
     return tuple(_count(entry, f"repeat_map_raw[{i}]") for i, entry in enumerate(entries))
@@ -290,8 +290,8 @@ class _Parser:
 
 
 def _method(value: object) -> str:
-    if value in METHODS:
-        return str(value)
+    if isinstance(value, str) and value in METHODS:
+        return value
     if isinstance(value, str) and value in _OTHER_METHODS:
         hint = f"it {_OTHER_METHODS[value]}; here: {', '.join(METHODS)}"
         raise UserError(f"merge_method: {value} cannot be calculated on read", hint=hint)

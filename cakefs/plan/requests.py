@@ -1,13 +1,17 @@
 """Missing chunks -> the ranges to ask upstream for. Pure; `plan` shows exactly what `pull` would request."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from typing import NamedTuple
 
-from cakefs.model import CHUNK, MIB, Manifest
+from cakefs.model import CHUNK, KIB, MIB, Manifest
 
 REQUEST_LIMIT = (
     4 * MIB
 )  # Large against the 0.7 ms of CPU that a request costs, small enough that 8 share a link evenly.
+
+GAP_LIMIT = 4 * KIB  # The members of a torch archive are some dozen to some hundred bytes apart.
+BATCH_BYTES = 64 * MIB  # Asked for at once by pull: enough to coalesce, little enough that the progress bar moves.
+BATCH_CHUNKS = 4096  # The same for many small tensors.
 
 
 class ChunkRef(NamedTuple):
@@ -29,6 +33,52 @@ class RangeRequest(NamedTuple):
 def span_chunks(span: int, start: int, stop: int) -> Iterator[ChunkRef]:
     """The chunks that hold the bytes `[start, stop)` of a span."""
     return (ChunkRef(span, chunk) for chunk in range(start // CHUNK, -(-stop // CHUNK)))
+
+
+def gaps(manifest: Manifest, spans: Set[int]) -> set[int]:
+    """Small spans that lie between two of these.
+
+    Fetched with them, they make one request of many, and complete the file, so that its hash can be confirmed.
+    """
+    places = manifest.spans
+    small = [i for i, s in enumerate(places) if i not in spans and 0 < s.stop - s.start <= GAP_LIMIT]
+    if not small:
+        return set()
+    starts = {(places[i].source, places[i].start) for i in spans}
+    stops = {(places[i].source, places[i].stop) for i in spans}
+    return {
+        i
+        for i in small
+        if (places[i].source, places[i].stop) in starts and (places[i].source, places[i].start) in stops
+    }
+
+
+def chunk_size(manifest: Manifest, ref: ChunkRef) -> int:
+    return min(CHUNK, manifest.spans[ref.span].size - ref.chunk * CHUNK)
+
+
+def batches(manifest: Manifest, missing: Iterable[Sequence[ChunkRef]]) -> Iterator[list[ChunkRef]]:
+    """What a pull wants at once: ranges are joined within a batch. `plan` cuts at the same places.
+
+    Args:
+        missing: Of each span, in the order of the pull; looked at only when its turn has come.
+    """
+    batch: list[ChunkRef] = []
+    size = 0
+    for refs in missing:
+        batch += refs
+        size += sum(chunk_size(manifest, ref) for ref in refs)
+        if size >= BATCH_BYTES or len(batch) >= BATCH_CHUNKS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def pull_requests(manifest: Manifest, missing: Iterable[Sequence[ChunkRef]]) -> Iterator[RangeRequest]:
+    """The very requests that a pull makes for these chunks."""
+    for batch in batches(manifest, missing):
+        yield from range_requests(manifest, batch)
 
 
 def range_requests(manifest: Manifest, refs: Iterable[ChunkRef], limit: int = REQUEST_LIMIT) -> Iterator[RangeRequest]:

@@ -90,7 +90,7 @@ def _scalar(value: object, where: str, parameter: Parameter) -> float:
         if type(value) is not bool:
             raise UserError(f"{where}: {brief(value)} is neither true nor false")
         return float(value)
-    if type(value) is not int and type(value) is not Decimal:
+    if type(value) is not int and not isinstance(value, Decimal):
         raise UserError(f"{where}: {brief(value)} is not a number")
     try:
         number = float(value)

@@ -22,6 +22,7 @@ from cakefs.model import (
     Segment,
     Source,
     Span,
+    SpanKey,
     StackLayer,
     TensorInfo,
     View,
@@ -34,6 +35,9 @@ CONFIG = "config.json"
 PutLiteral = Callable[[bytes], Digest]
 ReadSmall = Callable[[Manifest, str], bytes]
 """The bytes of a small file of a model's directory."""
+
+DigestOf = Callable[[SpanKey], str | None]
+"""What identifies the bytes of a span that is in the store; None for one that is not."""
 
 Bytes = Extent | Computed
 
@@ -68,13 +72,17 @@ def parts_of(manifest: Manifest) -> dict[str, Part]:
         data: Sequence[Segment] = file.segments[1:]
         pairs = zip(manifest.tensors, data, strict=True)
         return {t.name: Part(t.name, t.dtype, t.shape, s) for t, s in pairs if not isinstance(s, Literal)}
-    spans = {s.span for s in file.segments if isinstance(s, Extent)}
-    sizes = manifest.spans
+    spans = {e.span for s in file.segments for e in leaves(s)}
     return {
-        t.name: Part(t.name, t.dtype, t.shape, Extent(t.span, 0, sizes[t.span].size))
+        t.name: Part(t.name, t.dtype, t.shape, tensor_data(manifest, t))
         for t in manifest.tensors
-        if t.span in spans
+        if (t.span in spans if t.data is None else all(e.span in spans for e in leaves(t.data)))
     }
+
+
+def tensor_data(manifest: Manifest, tensor: TensorInfo) -> Bytes:
+    """What a tensor is made of that is of no view."""
+    return tensor.data or Extent(tensor.span, 0, manifest.spans[tensor.span].size)
 
 
 def donor_files(manifest: Manifest) -> list[File]:
@@ -86,6 +94,14 @@ def donor_files(manifest: Manifest) -> list[File]:
     ]
 
 
+class _Taken(NamedTuple):
+    """What a view has of a parent: number there -> number here."""
+
+    parent: Manifest
+    sources: dict[int, int]
+    spans: dict[int, int]
+
+
 class ViewBuilder:
     """Grows the tables of a view."""
 
@@ -93,10 +109,10 @@ class ViewBuilder:
         self._put_literal = put_literal
         self._sources: dict[Source, int] = {}
         self._spans: dict[tuple[int, int, int], int] = {}
-        self._taken: dict[tuple[int, int], int] = {}  # (id of a parent, span in it) -> span here
-        self._parents: list[Manifest] = []  # alive, so that their ids stay theirs
+        self._taken: dict[int, _Taken] = {}  # by id of the parent, which this keeps alive
         self._tensors: list[tuple[TensorSpec, Bytes]] = []
         self._files: dict[str, File] = {}
+        self.metadata = {"format": "pt"}  # Of `model.safetensors`.
 
     def take(self, manifest: Manifest, data: Bytes) -> Bytes:
         """The same bytes, counted in the view's spans."""
@@ -106,20 +122,27 @@ class ViewBuilder:
         return Extent(self._span(manifest, data.span), data.start, data.stop)
 
     def _span(self, manifest: Manifest, span: int) -> int:
-        known = self._taken.get((id(manifest), span))
+        taken = self._taken.get(id(manifest))
+        if taken is None:
+            taken = self._taken[id(manifest)] = _Taken(manifest, {}, {})
+        known = taken.spans.get(span)
         if known is None:
-            if not any(parent is manifest for parent in self._parents):
-                self._parents.append(manifest)
             old = manifest.spans[span]
-            source = manifest.sources[old.source]
-            index = self._sources.setdefault(source, len(self._sources))
-            known = self._spans.setdefault((index, old.start, old.stop), len(self._spans))
-            self._taken[id(manifest), span] = known
+            source = taken.sources.get(old.source)
+            if source is None:
+                source = self._sources.setdefault(manifest.sources[old.source], len(self._sources))
+                taken.sources[old.source] = source
+            known = self._spans.setdefault((source, old.start, old.stop), len(self._spans))
+            taken.spans[span] = known
         return known
 
     def add_tensor(self, name: str, dtype: str, shape: tuple[int, ...], data: Bytes) -> None:
         """`data` as `take` or a calculation over what it gave."""
         self._tensors.append((TensorSpec(name, dtype, shape), data))
+
+    def add_part(self, manifest: Manifest, name: str, part: Part) -> None:
+        """A tensor of a parent as it is."""
+        self.add_tensor(name, part.dtype, part.shape, self.take(manifest, part.data))
 
     def add_file(self, manifest: Manifest, file: File) -> None:
         segments = tuple(s if isinstance(s, Literal) else self.take(manifest, s) for s in file.segments)
@@ -131,7 +154,7 @@ class ViewBuilder:
 
     def build(self, name: str, origin: str, created: int, stack: Sequence[StackLayer]) -> Manifest:
         self._tensors.sort(key=lambda tensor: canonical_key(tensor[0]))
-        header = build_header((spec for spec, _ in self._tensors), {"format": "pt"}, f"{WEIGHTS} of {name}")
+        header = build_header((spec for spec, _ in self._tensors), self.metadata, f"{WEIGHTS} of {name}")
         data = [segment for _, segment in self._tensors]
         segments: list[Segment] = [Literal(self._put_literal(header), len(header)), *data]
         weights = File(WEIGHTS, sum(s.size for s in segments), View.MODEL, tuple(segments))
@@ -153,7 +176,10 @@ class ViewBuilder:
         )
 
 
-def byte_keys(manifest: Manifest, data: Bytes) -> tuple[object, ...]:
+def byte_keys(manifest: Manifest, data: Bytes, digest_of: DigestOf = lambda key: None) -> tuple[object, ...]:
     """Equal for two tensors only where their bytes are known to be equal without a look at them."""
-    formula = () if isinstance(data, Extent) else (data.op, data.params, data.dtypes)
-    return (*formula, *((manifest.key(e.span), e.start, e.stop) for e in leaves(data)))
+    if isinstance(data, Extent):
+        key = manifest.key(data.span)
+        return digest_of(key) or key, data.start, data.stop
+    inputs = (byte_keys(manifest, part, digest_of) for part in data.inputs)
+    return data.op, data.dtype, data.params, data.dtypes, *inputs

@@ -161,9 +161,7 @@ def refusal(response: httpx.Response, body: bytes, what: str, secrets: Iterable[
         secrets: Never shown, should the server repeat them.
     """
     status, host = response.status_code, host_of(response.url)
-    said = _said(response.headers, body)
-    for secret in secrets:
-        said = said.replace(secret, "***")
+    said = without(secrets, _said(response.headers, body))
     because = f"({status}: {said})" if said else f"({status})"
     if status in (404, 410):
         return NotFound(f"{what} not found {because}", hint="check the name and the revision")
@@ -191,9 +189,9 @@ def _login_hint(response: httpx.Response) -> str:
 
 
 def _said(headers: Mapping[str, str], body: bytes) -> str:
-    """What the server says about an error, in one line; empty when it says nothing readable."""
+    """What the server says about an error; empty when it says nothing readable."""
     if message := headers.get("x-error-message"):
-        return one_line(message)
+        return message
     if headers.get("content-encoding", "identity") != "identity":
         return ""
     text = body.decode("utf-8", "replace")
@@ -204,11 +202,18 @@ def _said(headers: Mapping[str, str], body: bytes) -> str:
         except (ValueError, RecursionError):
             return ""
         error = value.get("error") if isinstance(value, dict) else None
-        return one_line(error) if isinstance(error, str) else ""
+        return error if isinstance(error, str) else ""
     if kind.endswith("xml"):  # S3 and those who do as S3 does
         match = re.search(r"<Message>([^<]*)</Message>", text)
-        return one_line(match[1]) if match else ""
-    return one_line(text) if kind == "text/plain" else ""
+        return match[1] if match else ""
+    return text if kind == "text/plain" else ""
+
+
+def without(secrets: Iterable[str], text: str) -> str:
+    """Text of a stranger in one line. The secrets go before it is cut, or the beginning of one could be left."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return one_line(text)
 
 
 def one_line(text: str, limit: int = 200) -> str:

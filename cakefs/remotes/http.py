@@ -32,6 +32,8 @@ from cakefs.remotes.answers import (
 from cakefs.remotes.base import Sink
 from cakefs.remotes.client import Client, Heads, pieces
 
+CONNECT_S = 10.0
+IDLE_S = 30.0
 MAX_RESOLVES = 2  # Times that one fetch asks again where a file is, after the place it was sent to refused.
 _STALE = frozenset([400, 401, 403, 404, 410])  # How a signed URL that is too old is refused.
 _ROUTES_LIMIT = 4096
@@ -78,8 +80,8 @@ class HttpRemote:
         self,
         tokens: Mapping[str, str] | None = None,
         *,
-        connect_s: float = 10.0,
-        idle_s: float = 30.0,
+        connect_s: float = CONNECT_S,
+        idle_s: float = IDLE_S,
         verify: ssl.SSLContext | bool = True,
     ) -> None:
         self._client = Client(tokens or {}, connect_s=connect_s, idle_s=idle_s, verify=verify)

@@ -7,6 +7,7 @@ listings. The token is the one given, never one that the client would find by it
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
@@ -15,14 +16,16 @@ import trio
 from cakefs import __version__
 from cakefs.errors import AccessDenied, CakeError, InvalidFormat, NotFound, RemoteUnavailable, UserError
 from cakefs.model import Listing, Published
-from cakefs.remotes.answers import cause_of, checked_token, host_of, one_line, requested_delay
+from cakefs.remotes.answers import cause_of, checked_token, host_of, requested_delay, without
 from cakefs.remotes.base import make_listing
+from cakefs.remotes.wrap import insist
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.hf_api import RepoFile
 
 LISTING_S = 60.0
+MAX_ENTRIES = 200_000  # Twice what the Hub recommends as the most: a listing that goes on is no listing.
 _LOGIN_HINT = "check the name; if it is private, set HF_TOKEN or log in with `hf auth login`"
 _LICENCE_HINT = "accept its licence on its page, then set HF_TOKEN or log in with `hf auth login`"
 _TOKEN_HINT = "log in again with `hf auth login`, or correct HF_TOKEN"
@@ -51,7 +54,7 @@ async def list_repo(
     ask = _Asker(repo, revision, endpoint, token)
     try:
         with trio.fail_after(timeout_s):
-            tree = await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
+            tree = await insist(lambda: trio.to_thread.run_sync(ask, abandon_on_cancel=True))
     except trio.TooSlowError:
         raise RemoteUnavailable(f"no list of {repo} from {host_of(endpoint)} within {timeout_s:.0f} s") from None
     files = [_published(file, f"{endpoint}/{tree.repo}/resolve/{tree.commit}") for file in tree.files]
@@ -79,7 +82,10 @@ class _Asker:
             commit = info.sha
             if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit):
                 raise ValueError("no commit")
-            entries = list(api.list_repo_tree(self.repo, recursive=True, revision=commit))
+            tree = api.list_repo_tree(self.repo, recursive=True, revision=commit)
+            entries = list(islice(tree, MAX_ENTRIES + 1))
+            if len(entries) > MAX_ENTRIES:
+                raise InvalidFormat(f"{self.repo} has more than {MAX_ENTRIES} files and directories")
         return _Tree(info.id or self.repo, commit, [e for e in entries if isinstance(e, RepoFile)])
 
     @contextmanager
@@ -97,7 +103,7 @@ class _Asker:
             raise self._refusal(error, host) from error
         except (_transport_error(), OSError) as error:
             raise RemoteUnavailable(f"no answer from {host} for {self.repo}: {cause_of(error)}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
             raise InvalidFormat(f"{host} gave an unexpected answer for {self.repo}: {type(error).__name__}") from error
 
     def _refusal(self, error: "HfHubHTTPError", host: str) -> CakeError:
@@ -120,9 +126,7 @@ class _Asker:
         return InvalidFormat(f"{host} gave an unexpected answer for {self.repo} {said}")
 
     def _said(self, error: "HfHubHTTPError") -> str:
-        message = one_line(error.server_message or "")
-        if self.token:
-            message = message.replace(self.token, "***")
+        message = without([self.token] if self.token else [], error.server_message or "")
         return f"({error.response.status_code}: {message})" if message else f"({error.response.status_code})"
 
 

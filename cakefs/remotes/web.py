@@ -20,6 +20,7 @@ from cakefs.model import Listing, Published, is_safe_path
 from cakefs.remotes.answers import MODIFIED, Origin, host_of, origin, shown
 from cakefs.remotes.base import make_listing
 from cakefs.remotes.http import HttpRemote, Probe
+from cakefs.remotes.wrap import insist
 
 HUBS = ("https://huggingface.co", "https://hf.co")
 PROBES = 8  # At once.
@@ -51,7 +52,7 @@ async def _list(parsed: httpx.URL, http: HttpRemote, trusted: Container[Origin])
     commit, first = await _publish(str(parsed), name, http, trusted)
     files = [first]
     if index_target(name) is not None:
-        index = parse_index(await http.get_small(first.url, INDEX_LIMIT), shown(first.url))
+        index = parse_index(await insist(lambda: http.get_small(first.url, INDEX_LIMIT)), shown(first.url))
         files += await _shards(first.url, sorted(set(index.weight_map.values())), http, trusted)
     return commit, files
 
@@ -101,7 +102,7 @@ async def _shards(index_url: str, shards: list[str], http: HttpRemote, trusted: 
 
 async def _publish(url: str, path: str, http: HttpRemote, trusted: Container[Origin]) -> tuple[str, Published]:
     """The commit, if the server knows such, and the file under its best name."""
-    probe = await http.probe(url)
+    probe = await insist(lambda: http.probe(url))
     if not probe.ranges:
         hint = "put it on a server that answers Range requests"
         raise InvalidFormat(f"{host_of(url)} does not serve parts of {shown(url)}", hint=hint)

@@ -2,15 +2,16 @@
 
 They are remotes themselves and stack in this order: `Retry(Limit(Log(remote), 4))`. The budget of a fetch counts
 the time that the network has it: waiting for a turn, or because a server asked for a pause, does not use it up.
+What is no file, such as a listing, has the patience of `insist`.
 """
 
 import logging
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import trio
 
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 BACKOFF_S = 0.5  # Doubles with every try in a row that brought nothing, up to the limit.
 BACKOFF_LIMIT_S = 10.0
 PATIENCE_S = 330.0  # The Hub's quotas are per five minutes.
+TRIES = 3  # Of what somebody waits for before anything else can begin.
+SAID_S = 1.0  # A pause as long as this is told.
+
+T = TypeVar("T")
 
 
 class _Budget:
@@ -111,6 +116,7 @@ class Retry:
             if asked > patience:
                 raise attempt.given_up()
             patience -= asked
+            _say_pause(asked, attempt.last)
             with _off_budget():
                 await trio.sleep(asked)
             # At most half of what is left: the last tries come when they can still help.
@@ -165,6 +171,30 @@ class _Attempts:
         )
 
 
+async def insist(ask: Callable[[], Awaitable[T]]) -> T:
+    """The answer to a question that may be asked again: three tries, and the pauses that the server asks for.
+
+    Raises:
+        CakeError: The last failure, or one that a pause would end too late for, by the deadline of who calls.
+    """
+    for fruitless in range(1, TRIES):
+        try:
+            return await ask()
+        except RemoteUnavailable as error:
+            asked = error.retry_after or 0.0
+            if trio.current_time() + asked > trio.current_effective_deadline():
+                raise
+            _say_pause(asked, error)
+        await trio.sleep(asked + random.uniform(0.0, BACKOFF_S * fruitless))
+    return await ask()
+
+
+def _say_pause(seconds: float, why: CakeError) -> None:
+    """Now, and not when it is over: somebody may be waiting."""
+    if seconds >= SAID_S:
+        log.warning("trying again in %.0f s: %s", seconds, why.message, extra={"at_once": True})
+
+
 class _Pause(NamedTuple):
     until: float
     why: str
@@ -206,7 +236,7 @@ class Limit:
 
 
 class Log:
-    """Tells the log of every failure: what, which bytes, why."""
+    """Tells the log of every failure that another try may mend: what, which bytes, why. Giving up is told by others."""
 
     def __init__(self, remote: Remote, logger: logging.Logger = log) -> None:
         self._remote = remote
@@ -216,5 +246,6 @@ class Log:
         try:
             await self._remote.fetch(locator, span, sink)
         except CakeError as error:
-            self._log.warning("bytes %d-%d of %s: %s", span.start, span.stop, shown(locator.url), error.message)
+            level = logging.WARNING if error.retryable else logging.DEBUG
+            self._log.log(level, "bytes %d-%d of %s: %s", span.start, span.stop, shown(locator.url), error.message)
             raise

@@ -7,6 +7,10 @@ the commit: nobody's, to be removed by whoever meets it. Files appear and go onl
 Equality is proved, never believed: bytes whose digest is taken are compared with those that have it; other bytes of the
 same hash get the digest with `-1`, `-2` … behind it.
 
+A blob may be *borrowed*: its bytes lie in files of somebody else (`foreign.py`), and no file here has its name. Equal
+bytes that are sealed for another span are not stored a second time. Those that come for a span that is borrowed already
+(`Borrowing.own`) make the blob ours, and borrowed no more.
+
 Sealing leaves the partial as it is until the commit, and gives its data file a second name instead of moving it. So a
 kill at any point leaves a whole partial, or a blob, or both.
 """
@@ -21,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cakefs.model import INLINE_LIMIT, SpanKey
+from cakefs.store.borrowed import Place
 from cakefs.store.catalog import BlobRecord, Catalog
 from cakefs.store.files import (
     SYNC_THREADS,
@@ -33,15 +38,19 @@ from cakefs.store.files import (
     unlink,
     write_full,
 )
+from cakefs.store.foreign import open_place
 from cakefs.store.hashes import CHUNK_SHIFT, DIGEST_ALGORITHM, DigestHasher, chunk_sum
 from cakefs.store.partial import Partial
+from cakefs.store.use import claim, touch
+
+_PLACES = 8  # Of one blob; more copies of the same file are of no further use.
 
 
 class Candidate(NamedTuple):
     """Checked bytes that are to become the blob of a span.
 
     Attributes:
-        inline: The bytes when they are few; else they are in `partial`.
+        inline: The bytes when they are few; else they are in `partial`, or in somebody else's file at `place`.
         synced: Whether the partial's data is on disk.
     """
 
@@ -51,12 +60,20 @@ class Candidate(NamedTuple):
     inline: bytes | None
     partial: Partial | None
     synced: bool = False
+    place: Place | None = None
 
     @classmethod
     def of_bytes(cls, key: SpanKey, data: bytes) -> "Candidate":
         hasher = DigestHasher()
         hasher.update(data)
         return cls(key, hasher.digest(), array("Q", [chunk_sum(data)]).tobytes(), data, None)
+
+
+class Bytes(NamedTuple):
+    """Where the bytes of a blob begin."""
+
+    file: Descriptor
+    offset: int
 
 
 class Blobs:
@@ -77,7 +94,7 @@ class Blobs:
         return self._root / hex[:2] / hex
 
     def open(self, record: BlobRecord, flags: int = os.O_RDONLY) -> Descriptor | None:
-        """Returns: None when the file is gone or has not the size it must have."""
+        """The blob's own file. Returns: None when it is gone or has not the size it must have, or never was."""
         try:
             file = open_file(self.path(record.digest), flags)
         except FileNotFoundError:
@@ -88,7 +105,17 @@ class Blobs:
         """True when the blob can be opened; its chunks are checked when they are touched."""
         if record.inline is not None:
             return array("Q", record.sums) == array("Q", [chunk_sum(record.inline)])
-        return self.open(record) is not None
+        return self.bytes_of(record) is not None
+
+    def bytes_of(self, record: BlobRecord) -> Bytes | None:
+        """Where a blob can be read, whoever's the file is; None for one that is inline."""
+        if record.inline is not None:
+            return None
+        if record.places:
+            lent = open_place(record.places)
+            return None if lent is None else Bytes(lent.file, lent.place.offset)
+        file = self.open(record)
+        return None if file is None else Bytes(file, 0)
 
     def known(self, digest: str) -> bool:
         return self._catalog.blob(digest) is not None
@@ -112,13 +139,39 @@ class Blobs:
             for path in batch.paths:
                 os.chmod(path, 0o444)
 
+    def bind(self, spans: Sequence[tuple[SpanKey, BlobRecord]]) -> bool:
+        """Says that these spans have the bytes of blobs that are here: the caller has proved it.
+
+        Returns: False, and nothing is changed, when one of the blobs is not what it was any more.
+        """
+        with self.names():
+            if any(key.size != r.size or self._catalog.blob(r.digest) != r for key, r in spans):
+                return False
+            self._catalog.record_seals(spans)
+            return True
+
     def forget(self, record: BlobRecord) -> None:
         """Drops an unusable blob with every span that names it."""
         with self.names():
             now = self._catalog.blob(record.digest)
-            if now is not None and not self.usable(now):
+            if now is None or self.usable(now):
+                return
+            if now.places:  # Whatever else was borrowed of the same files is gone, too.
+                self._catalog.forget_files([place.stamp for place in now.places])
+            else:
                 self._catalog.drop_blobs([record.digest])
                 unlink(self.path(record.digest))
+
+    def refuse(self, record: BlobRecord, chunk: int, data: bytes | bytearray | memoryview) -> None:
+        """Borrows no more from files in which a chunk of a borrowed blob has rotted; `data` is what it must have."""
+        offset = chunk << CHUNK_SHIFT
+        with self.names():
+            rotten = []
+            for place in record.places:
+                lent = open_place([place])
+                if lent is None or not holds_bytes(lent.file.fd, data, place.offset + offset):
+                    rotten.append(place.stamp)
+            self._catalog.forget_files(rotten)
 
     def delete(self, digests: Sequence[str]) -> int:
         """Deletes those that no span names. Returns: their bytes."""
@@ -128,7 +181,18 @@ class Blobs:
             self._catalog.drop_blobs(unused)
             for record in records:
                 unlink(self.path(record.digest))
-            return sum(r.size for r in records)
+            return sum(r.size for r in records if not r.places)
+
+    def evict(self, digests: Sequence[str], *, dry_run: bool) -> set[str]:
+        """Deletes blobs with the spans that name them, except those that a process serves from. Returns: which."""
+        with self.names():
+            claimed = {d: file for d in digests if (file := claim(self.path(d))) is not None}
+            if dry_run:
+                return set(claimed)
+            self._catalog.drop_blobs(claimed)
+            for digest in claimed:
+                unlink(self.path(digest))
+            return set(claimed)
 
     def quarantine(self, key: SpanKey) -> None:
         """Forgets the span's blob; puts the file aside unless another span has it."""
@@ -173,8 +237,9 @@ class _Batch:
         for n in count():
             digest = f"{new.digest}-{n}" if n else new.digest
             if digest in self._taken:
-                if _equal(new, self._taken[digest]):
-                    return _record(digest, new)
+                taken = self._taken[digest]
+                if taken.key.size == new.key.size and _same(new, taken.inline, _bytes_of(taken)):
+                    return _record(digest, taken)
                 continue
             record = self._catalog.blob(digest)
             if record is not None and not self._blobs.usable(record):
@@ -183,14 +248,29 @@ class _Batch:
             if record is None:
                 self._take(digest, new)
                 return _record(digest, new)
-            if self._holds(record, new):
-                return record
+            if record.size == new.key.size and _same(new, record.inline, self._blobs.bytes_of(record)):
+                return self._joined(record, new)
         raise AssertionError("count() ends")
 
     def undo(self) -> None:
         """Removes the files made; the partials still have the bytes."""
         for path in self.paths:
             unlink(path)
+
+    def _joined(self, record: BlobRecord, new: Candidate) -> BlobRecord:
+        """The blob that is here, and has the new bytes."""
+        if not record.places and record.inline is None:
+            touch(self._blobs.path(record.digest))
+        if not record.places:
+            return record
+        if new.place is None:
+            if self._catalog.find(new.key) != record:
+                return record
+            self._take(record.digest, new)
+            return record._replace(places=())
+        if new.place in record.places:
+            return record
+        return record._replace(places=(*record.places, new.place)[-_PLACES:])
 
     def _take(self, digest: str, new: Candidate) -> None:
         self._taken[digest] = new
@@ -207,23 +287,25 @@ class _Batch:
         self.paths.append(path)
         self.directories.add(path.parent)
 
-    def _holds(self, record: BlobRecord, new: Candidate) -> bool:
-        if new.partial is None:
-            return record.inline is not None and record.inline == new.inline
-        if record.size != new.key.size:
-            return False
-        file = self._blobs.open(record)
-        return file is not None and same_bytes(file.fd, new.partial.data.fd, record.size)
+
+def _same(new: Candidate, inline: bytes | None, where: Bytes | None) -> bool:
+    """True when the candidate has the bytes that are inline, or there."""
+    own = _bytes_of(new)
+    if own is None or where is None:
+        return new.inline is not None and new.inline == inline
+    return same_bytes(where.file.fd, own.file.fd, new.key.size, where.offset, own.offset)
 
 
-def _equal(one: Candidate, other: Candidate) -> bool:
-    if one.partial is None or other.partial is None:
-        return one.inline is not None and one.inline == other.inline
-    return one.key.size == other.key.size and same_bytes(one.partial.data.fd, other.partial.data.fd, one.key.size)
+def _bytes_of(candidate: Candidate) -> Bytes | None:
+    if candidate.partial is not None:
+        return Bytes(candidate.partial.data, 0)
+    lent = open_place([candidate.place]) if candidate.place else None
+    return None if lent is None else Bytes(lent.file, lent.place.offset)
 
 
 def _record(digest: str, candidate: Candidate) -> BlobRecord:
-    return BlobRecord(digest, candidate.key.size, candidate.sums, candidate.inline)
+    places = () if candidate.place is None else (candidate.place,)
+    return BlobRecord(digest, candidate.key.size, candidate.sums, candidate.inline, places)
 
 
 def inspect(partials: Sequence[Partial], known: Callable[[str], bool]) -> list[Candidate]:

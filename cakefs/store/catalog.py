@@ -10,22 +10,31 @@ import hashlib
 import struct
 import time
 from collections.abc import Collection, Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from cakefs.errors import CorruptData, NotFound, UserError
-from cakefs.model import Manifest, SpanKey, decode_manifest, encode_manifest
+from cakefs.model import Manifest, ManifestHead, SpanKey, decode_head, decode_manifest, encode_manifest
+from cakefs.store import distances
+from cakefs.store.borrowed import TABLES as _BORROWED_TABLES
+from cakefs.store.borrowed import Borrowed, Place, Stamp
 from cakefs.store.environment import MAP_SIZE, Environment
+from cakefs.store.numbers import GENERATION, REFUTATIONS, Numbers
+from cakefs.store.rows import identity_hash as _hash
+from cakefs.store.rows import scan as _scan
+from cakefs.store.rows import span_key as _key
+from cakefs.store.rows import span_row as _row
+from cakefs.store.sha256 import TABLES as _SHA256_TABLES
+from cakefs.store.sha256 import Sha256s
 
 if TYPE_CHECKING:
     from cakefs.store.environment import Transaction
 
 # name → whether a key has many values
 TABLES = {
-    "meta": False,  # "generation" → u64 LE: how often `models` has changed
+    "meta": False,  # the numbers of `numbers.py`
     "models": False,  # shown name → ModelRecord
     "manifests": False,  # "sha256:<hex>" of the encoded manifest → the encoded manifest
     "identities": False,  # first 20 bytes of the SHA-256 of a source identity → the identity
@@ -33,25 +42,27 @@ TABLES = {
     "refs": True,  # digest → keys of the rows in `spans` that name it
     "blobs": False,  # digest → size (u64 LE), number of sums (u32 LE), the sums, the bytes if they are kept inline
     "verified": False,  # those 20 bytes of an identity → Verified
+    **_SHA256_TABLES,
+    **_BORROWED_TABLES,
+    **distances.TABLES,
 }
 
-_GENERATION = b"generation"
 _LONGEST_KEY = 511  # LMDB's limit
-_COUNT = struct.Struct("<Q")
 _BLOB = struct.Struct("<QI")
-_BOUNDS = struct.Struct(">QQ")
 
 
 class BlobRecord(NamedTuple):
     """Attributes:
     sums: Of its chunks (`hashes.chunk_sum`), 8 bytes little-endian each.
     inline: The bytes themselves where they are few; else they are in a file.
+    places: In files of somebody else, where they are borrowed; else the file is ours.
     """
 
     digest: str
     size: int
     sums: bytes
     inline: bytes | None = None
+    places: tuple[Place, ...] = ()
 
 
 class ModelRecord(msgspec.Struct, frozen=True, array_like=True):
@@ -78,6 +89,10 @@ class Catalog:
     def __init__(self, env: Environment) -> None:
         self._env = env
         self._read = env.read
+        self.numbers = Numbers(env)
+        self.sha256 = Sha256s(env)
+        self.borrowed = Borrowed(env)
+        self.distances = distances.Distances(env)
 
     @classmethod
     def open(cls, directory: Path, *, map_size: int = MAP_SIZE) -> "Catalog":
@@ -90,12 +105,35 @@ class Catalog:
     def readonly(self) -> bool:
         return self._env.readonly
 
+    @property
+    def changed(self) -> bool:
+        """Since it was opened, by anybody."""
+        return self._env.changed
+
+    @property
+    def used_bytes(self) -> int:
+        return self._env.used_bytes
+
+    def copy(self, directory: Path) -> None:
+        """Into an empty directory."""
+        self._env.copy(directory)
+
+    def walk(self) -> None:
+        """Touches every row, and makes sense of those that all else hangs on. Raises CorruptData."""
+        self._env.walk()
+        self.listing()
+        self.blobs()
+        self.models()
+        with self._read() as txn:
+            for id in txn.cursor(self._env.table["manifests"]).iternext(values=False):
+                self._encoded(txn, str(id, "ascii"))
+
     # Models and manifests
 
     def generation(self) -> int:
         """Grows with every change of the table of models, whichever process makes it."""
         with self._read() as txn:
-            return self._generation(txn)
+            return self.numbers.of(txn, GENERATION)
 
     def models(self) -> dict[str, ModelRecord]:
         with self._read() as txn:
@@ -130,7 +168,7 @@ class Catalog:
         def work(txn: "Transaction") -> bool:
             found = txn.delete(_name(name), db=self._env.table["models"])
             if found:
-                self._count_change(txn)
+                self.numbers.count(txn, GENERATION)
             return found
 
         return self._env.write(work)
@@ -152,12 +190,12 @@ class Catalog:
     def manifest(self, id: str) -> Manifest:
         """Raises NotFound, and CorruptData when it no longer matches its id."""
         with self._read() as txn:
-            data = txn.get(id.encode(), db=self._env.table["manifests"])
-            if data is None:
-                raise NotFound(f"no manifest {id} in the store", hint="cakefs add the model again")
-            if "sha256:" + hashlib.sha256(data).hexdigest() != id:
-                raise CorruptData(f"manifest {id} no longer matches its digest", hint="cakefs add the model again")
-            return decode_manifest(data)
+            return decode_manifest(self._encoded(txn, id))
+
+    def manifest_head(self, id: str) -> ManifestHead:
+        """Raises NotFound, and CorruptData when the manifest no longer matches its id."""
+        with self._read() as txn:
+            return decode_head(self._encoded(txn, id))
 
     def manifest_ids(self) -> set[str]:
         with self._read() as txn:
@@ -190,15 +228,8 @@ class Catalog:
 
     def spans(self, identity: str) -> dict[tuple[int, int], str]:
         """Digests of the sealed spans of one upstream file, by start and stop."""
-        prefix = _hash(identity)
         with self._read() as txn:
-            rows = txn.cursor(self._env.table["spans"])
-            found = {}
-            more = rows.set_range(prefix)
-            while more and rows.key()[:20] == prefix:
-                found[_BOUNDS.unpack_from(rows.key(), 20)] = str(rows.value(), "ascii")
-                more = rows.next()
-            return found
+            return {span: str(digest, "ascii") for span, digest in _scan(txn, self._env.table["spans"], identity)}
 
     def listing(self) -> list[tuple[SpanKey, str]]:
         """All sealed spans with their digests."""
@@ -215,9 +246,11 @@ class Catalog:
             table = self._env.table
             for key, record in batch:
                 row, digest = _row(key), record.digest.encode()
-                self._unlink_row(txn, row)
+                if bytes(txn.get(row, db=table["spans"]) or b"") != digest:
+                    self._unlink_row(txn, row)
                 txn.put(row[:20], key.identity.encode(), db=table["identities"], overwrite=False)
                 txn.put(digest, _pack(record), db=table["blobs"], overwrite=False)
+                self.borrowed.put(txn, digest, record.places)
                 txn.put(row, digest, db=table["spans"])
                 txn.put(digest, row, db=table["refs"])
 
@@ -255,69 +288,84 @@ class Catalog:
         """Forgets these and every span that names one."""
 
         def work(txn: "Transaction") -> None:
-            table = self._env.table
             for digest in digests:
-                for row in list(self._referring(txn, digest.encode())):
-                    txn.delete(row, db=table["spans"])
-                txn.delete(digest.encode(), db=table["refs"])
-                txn.delete(digest.encode(), db=table["blobs"])
+                self._drop_blob(txn, digest.encode())
 
         if digests:
             self._env.write(work)
+
+    def forget_files(self, stamps: Collection[Stamp]) -> set[Stamp]:
+        """Forgets files of somebody else, with what was borrowed of them. Returns: those that had lent something."""
+        return self.borrowed.forget(stamps, self._drop_blob)
 
     # Whole-file checks
 
     def set_verified(self, identity: str, ok: bool, when: int) -> None:
         value = msgspec.msgpack.encode(Verified(ok, when))
-        self._env.write(lambda txn: txn.put(_hash(identity), value, db=self._env.table["verified"]))
+
+        def work(txn: "Transaction") -> None:
+            txn.put(_hash(identity), value, db=self._env.table["verified"])
+            if not ok:
+                self.numbers.count(txn, REFUTATIONS)
+
+        self._env.write(work)
+
+    def refutations(self) -> int:
+        """Grows whenever a file turns out not to have its published hash, whichever process finds it."""
+        return self.numbers.get(REFUTATIONS)
 
     def verified(self, identity: str) -> Verified | None:
         with self._read() as txn:
             value = txn.get(_hash(identity), db=self._env.table["verified"])
             return None if value is None else msgspec.msgpack.decode(value, type=Verified)
 
-    def clear_verified(self, identity: str) -> None:
-        self._env.write(lambda txn: txn.delete(_hash(identity), db=self._env.table["verified"]))
-
     # Within a transaction
 
-    def _generation(self, txn: "Transaction") -> int:
-        value = txn.get(_GENERATION, db=self._env.table["meta"])
-        return 0 if value is None else int(_COUNT.unpack(value)[0])
-
-    def _count_change(self, txn: "Transaction") -> None:
-        txn.put(_GENERATION, _COUNT.pack(self._generation(txn) + 1), db=self._env.table["meta"])
+    def _encoded(self, txn: "Transaction", id: str) -> memoryview:
+        data = txn.get(id.encode(), db=self._env.table["manifests"])
+        if data is None:
+            raise NotFound(f"no manifest {id} in the store", hint="cakefs add the model again")
+        if "sha256:" + hashlib.sha256(data).hexdigest() != id:
+            raise CorruptData(f"manifest {id} no longer matches its digest", hint="cakefs add the model again")
+        return memoryview(data)
 
     def _put_record(self, txn: "Transaction", name: bytes, record: ModelRecord) -> None:
         txn.put(name, msgspec.msgpack.encode(record), db=self._env.table["models"])
-        self._count_change(txn)
+        self.numbers.count(txn, GENERATION)
 
     def _blob(self, txn: "Transaction", digest: bytes) -> BlobRecord | None:
         value = txn.get(digest, db=self._env.table["blobs"])
-        return None if value is None else _unpack(digest.decode(), value)
+        if value is None:
+            return None
+        record = _unpack(digest.decode(), value)
+        return record if record.inline is not None else record._replace(places=self.borrowed.places(txn, digest))
+
+    def _drop_blob(self, txn: "Transaction", digest: bytes) -> None:
+        table = self._env.table
+        for row in list(self._referring(txn, digest)):
+            txn.delete(row, db=table["spans"])
+            self._doubt(txn, row[:20])
+        txn.delete(digest, db=table["refs"])
+        txn.delete(digest, db=table["blobs"])
+        self.sha256.drop(txn, digest)
+        self.borrowed.drop(txn, digest)
 
     def _unlink_row(self, txn: "Transaction", row: bytes) -> None:
         digest = txn.pop(row, db=self._env.table["spans"])
         if digest is not None:
             txn.delete(bytes(digest), row, db=self._env.table["refs"])
+            self._doubt(txn, row[:20])
+
+    def _doubt(self, txn: "Transaction", identity: bytes) -> None:
+        """A file that lost a span is not known to be right any more: what comes instead is to be hashed again."""
+        known = txn.get(identity, db=self._env.table["verified"])
+        if known is not None and msgspec.msgpack.decode(known, type=Verified).ok:
+            txn.delete(identity, db=self._env.table["verified"])
 
     def _referring(self, txn: "Transaction", digest: bytes) -> Iterator[bytes]:
         refs = txn.cursor(self._env.table["refs"])
         if refs.set_key(digest):
             yield from map(bytes, refs.iternext_dup())
-
-
-@lru_cache(1024)
-def _hash(identity: str) -> bytes:
-    return hashlib.sha256(identity.encode()).digest()[:20]
-
-
-def _row(key: SpanKey) -> bytes:
-    return _hash(key.identity) + _BOUNDS.pack(key.start, key.stop)
-
-
-def _key(row: bytes, identities: dict[bytes, str]) -> SpanKey:
-    return SpanKey(identities[row[:20]], *_BOUNDS.unpack_from(row, 20))
 
 
 def _name(name: str) -> bytes:

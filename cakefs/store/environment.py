@@ -8,20 +8,25 @@ starts small and doubles, for which all other transactions of this process have 
 
 import errno
 import os
+import secrets
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import lmdb
+import msgspec
 
 from cakefs.errors import CakeError, CorruptData, StoreFull, UserError
 from cakefs.model import GIB, MIB
+from cakefs.store.files import sync_directories, sync_file, unlink
 
 # Address space, not disk. A thousand models of a thousand tensors need about 1 GiB.
 MAP_SIZE = 64 * GIB
 SMALLEST_MAP = 16 * MIB
+NEW = ".new-"  # Begins the name of an environment that is being made.
 # One slot per concurrent read transaction of all processes; a slot is 64 bytes.
 MAX_READERS = 512
 MAX_TABLES = 16
@@ -33,7 +38,12 @@ _BROKEN = (
     lmdb.PageNotFoundError,
     lmdb.VersionMismatchError,
     lmdb.PanicError,
+    lmdb.BadTxnError,  # what follows any of these in its transaction
+    lmdb.CursorFullError,
+    lmdb.PageFullError,
 )
+# What rows raise that are not as they were written.
+_GARBLED = (msgspec.MsgspecError, struct.error, UnicodeError, KeyError)
 
 T = TypeVar("T")
 if TYPE_CHECKING:
@@ -100,6 +110,8 @@ class Environment:
                 self._gate.leave()
         except lmdb.Error as error:
             raise _catalog_error(error, self.path) from error
+        except _GARBLED as error:
+            raise _broken(self.path, f"a row makes no sense ({error})") from error
 
     def write(self, work: "Callable[[Transaction], T]") -> T:
         """Runs `work` in a write transaction and commits it durably. It runs again after the map has grown."""
@@ -114,6 +126,34 @@ class Environment:
                     self._resize(0)
                 except lmdb.MapFullError:
                     self._resize(2 * self._env.info()["map_size"])
+
+    @property
+    def changed(self) -> bool:
+        """Whether anybody has written since we opened it."""
+        return self._env.info()["last_txnid"] != self._began
+
+    @property
+    def used_bytes(self) -> int:
+        """Up to its last page."""
+        self._check_process()
+        return (self._env.info()["last_pgno"] + 1) * self._env.stat()["psize"]
+
+    def copy(self, directory: Path) -> None:
+        """As it is now, into an empty directory, without its free pages."""
+        self._check_process()
+        with _translated(self.path):
+            self._gate.enter()
+            try:
+                self._env.copy(str(directory), compact=True)
+            finally:
+                self._gate.leave()
+
+    def walk(self) -> None:
+        """Touches every row."""
+        with self.read() as txn:
+            for table in self.table.values():
+                for _ in txn.cursor(table):
+                    pass
 
     def _write_once(self, work: "Callable[[Transaction], T]") -> T:
         self._gate.enter()
@@ -153,13 +193,24 @@ class Environment:
                 ) from error
 
     def _connect(self, map_size: int) -> None:
+        if not (self.path / "data.mdb").exists():
+            _make(self.path)
         self._env = self._open_what_fits(map_size)
+        self._began = self._env.info()["last_txnid"]
+        self._hold_up()
         self._env.reader_check()  # slots of killed processes would keep old pages from being reused
         # Without a transaction of ours: handles opened in a read transaction are lost when py-lmdb resets it for reuse.
         self.table = {
             name: self._env.open_db(name.encode(), dupsort=dupsort, create=not self.readonly)
             for name, dupsort in self._names.items()
         }
+
+    def _hold_up(self) -> None:
+        """A file that was cut short ends whoever reads its map; with room in it, what is lost there is an error."""
+        if not self.readonly:
+            with open(self.path / "data.mdb", "rb+") as file:
+                if os.fstat(file.fileno()).st_size < (size := self.used_bytes):
+                    os.posix_fallocate(file.fileno(), size - 1, 1)
 
     def _open_what_fits(self, map_size: int) -> lmdb.Environment:
         while True:
@@ -189,6 +240,18 @@ class Environment:
     def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise RuntimeError("a store does not survive a fork: execute a new process that opens it")
+
+
+def _make(path: Path) -> None:
+    """An empty environment, durably: LMDB syncs neither its first pages by themselves nor that there is a file."""
+    path.mkdir(mode=0o700, exist_ok=True)
+    new = path / f"{NEW}{secrets.token_hex(8)}"
+    lmdb.Environment(str(new), map_size=SMALLEST_MAP, subdir=False, lock=False, mode=0o600).close()
+    with suppress(FileNotFoundError, FileExistsError):  # another process made it
+        sync_file(new)
+        os.link(new, path / "data.mdb")
+    unlink(new)
+    sync_directories([path])
 
 
 class _Gate:
@@ -227,6 +290,8 @@ def _translated(path: Path) -> Iterator[None]:
         yield
     except lmdb.Error as error:
         raise _catalog_error(error, path) from error
+    except _GARBLED as error:
+        raise _broken(path, f"a row makes no sense ({error})") from error
     except OSError as error:
         raise UserError(f"cannot open catalog {path}: {error.strerror}", hint="see CAKEFS_STORE") from error
 
@@ -238,5 +303,9 @@ def _catalog_error(error: lmdb.Error, path: Path) -> CakeError:
     if isinstance(error, lmdb.ReadonlyError | lmdb.LockError) or code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"catalog {path} may not be written: {error}", hint="is the store yours? see CAKEFS_STORE")
     if isinstance(error, _BROKEN):
-        return CorruptData(f"catalog {path} is broken: {error}", hint="move the store away and start a new one")
+        return _broken(path, str(error))
     return CakeError(f"catalog {path}: {error}")
+
+
+def _broken(path: Path, why: str) -> CorruptData:
+    return CorruptData(f"catalog {path} is broken: {why}", hint="cakefs verify --repair")

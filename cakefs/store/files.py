@@ -76,14 +76,16 @@ def write_full(fd: int, data: bytes | bytearray | memoryview, offset: int) -> No
         offset += count
 
 
-def same_bytes(one: int, other: int, size: int) -> bool:
-    """True when the first `size` bytes of two files are readable and equal, byte for byte."""
+def same_bytes(one: int, other: int, size: int, one_at: int = 0, other_at: int = 0) -> bool:
+    """True when `size` bytes of two files, from these offsets on, are readable and equal, byte for byte."""
     left, right = _buffers()
     try:
         for offset in range(0, size, CHUNK):
             count = min(CHUNK, size - offset)
             part = memoryview(right)[:count]
-            if read_full(other, part, offset) != count or read_full(one, memoryview(left)[:count], offset) != count:
+            if read_full(other, part, other_at + offset) != count:
+                return False
+            if read_full(one, memoryview(left)[:count], one_at + offset) != count:
                 return False
             if not left.startswith(part):  # a memcmp; == on memoryviews goes item by item
                 return False
@@ -110,6 +112,11 @@ def sync_all(descriptors: Sequence[Descriptor], sync: Callable[[int], None]) -> 
         with ThreadPoolExecutor(min(SYNC_THREADS, len(descriptors))) as pool:
             for _ in pool.map(lambda d: sync(d.fd), descriptors):
                 pass
+
+
+def sync_file(path: Path) -> None:
+    file = open_file(path, os.O_RDONLY)
+    os.fsync(file.fd)
 
 
 def sync_directories(paths: Sequence[Path]) -> None:

@@ -33,6 +33,22 @@ class DigestHasher:
         return f"{DIGEST_ALGORITHM}:{self._hash.hexdigest()}"
 
 
+class SumHasher:
+    """Sums of chunks that come in pieces."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+
+    def update(self, data: bytes | bytearray | memoryview) -> None:
+        self._hash.update(data)
+
+    def take(self) -> int:
+        """As `chunk_sum` of what was fed since the last call."""
+        value = self._hash.intdigest() or 1
+        self._hash.reset()
+        return value
+
+
 def chunk_count(size: int) -> int:
     return (size + CHUNK - 1) >> CHUNK_SHIFT
 

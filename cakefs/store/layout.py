@@ -1,17 +1,21 @@
 """The store's directory: made on first use, recognised by its `format` file, refused when newer.
 
-The format file comes first and appears whole, so a directory that has it is ours, however far its creation got.
+The format file comes first and appears whole, so a directory that has it is ours, however far its creation got. All of
+it is on the disk before anything is stored: a power cut must not leave blobs in what is no store.
 """
 
 import os
 import secrets
+from contextlib import suppress
 from pathlib import Path
 
 from cakefs.errors import UserError
-from cakefs.store.files import translated
+from cakefs.store.environment import NEW
+from cakefs.store.files import sync_directories, translated, unlink
 
 FORMAT = 1
 _FORMAT_NAME = "cakefs-store"
+_NEW = ".format-"  # Begins the name of a format file that is being written.
 _DIRECTORIES = ("catalog", "blobs", "partial", "quarantine", "run")
 
 
@@ -29,9 +33,17 @@ def open_layout(path: Path, *, create: bool) -> None:
             _write_format(path)
         except NotADirectoryError:
             raise UserError(f"{path} is not a directory", hint="see CAKEFS_STORE") from None
-        for name in _DIRECTORIES:
-            if not (path / name).is_dir():
-                (path / name).mkdir(mode=0o700, exist_ok=True)
+        absent = [path / name for name in _DIRECTORIES if not (path / name).is_dir()]
+        for directory in absent:
+            directory.mkdir(mode=0o700, exist_ok=True)
+        if absent:
+            sync_directories([path])
+
+
+def sweep_layout(path: Path) -> None:
+    """Removes what a crash left of the making of the store."""
+    for debris in (*path.glob(f"{_NEW}*"), *path.glob(f"catalog/{NEW}*")):
+        unlink(debris)
 
 
 def _check_format(path: Path, text: bytes) -> None:
@@ -46,13 +58,17 @@ def _check_format(path: Path, text: bytes) -> None:
 
 
 def _write_format(path: Path) -> None:
+    made = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     # Others may be making the same store right now: their temporary files are not strange.
-    if any(n not in ("format", *_DIRECTORIES) and not n.startswith(".format-") for n in os.listdir(path)):
+    if any(n not in ("format", *_DIRECTORIES) and not n.startswith(_NEW) for n in os.listdir(path)):
         raise UserError(f"{path} is not empty and not a cakefs store", hint="name an empty directory in CAKEFS_STORE")
-    temporary = path / f".format-{secrets.token_hex(8)}"
+    temporary = path / f"{_NEW}{secrets.token_hex(8)}"
     with open(temporary, "xb") as file:
+        os.fchmod(file.fileno(), 0o600)
         file.write(f"{_FORMAT_NAME} {FORMAT}\n".encode())
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path / "format")
+    with suppress(FileNotFoundError):  # swept by somebody, for whom the store was made already
+        os.replace(temporary, path / "format")
+    sync_directories([path, *(p.parent for p in made)])

@@ -73,6 +73,11 @@ def leased(run: Path) -> set[str]:
     return held
 
 
+def any_alive(run: Path) -> bool:
+    with translated(f"read the leases in {run}"), locked(_lock_path(run)):
+        return any(map(_is_alive, run.iterdir()))
+
+
 def _lock_path(run: Path) -> Path:
     return run.with_suffix(".lock")
 

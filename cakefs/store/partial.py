@@ -129,6 +129,18 @@ class Partial:
         # In a sequential fetch the next chunk is missing, which spares the scan of all that came before.
         return 0 not in self.sums[chunk + 1 : chunk + 2] and self.complete
 
+    def copy(self, source: int, offset: int, sums: bytes) -> None:
+        """Copies the whole span from a file, sharing its blocks where that can be done; `sums` are of its chunks."""
+        self._own_data()
+        done = 0
+        while done < self.size:
+            count = os.copy_file_range(source, self.data.fd, self.size - done, offset + done, done)
+            if not count:
+                return  # cut short meanwhile: incomplete it stays
+            done += count
+        write_full(self._map.fd, sums, len(self._header))
+        self.sums = array("Q", sums)
+
     def check(self, chunk: int) -> bool:
         """True when that chunk is here and matches its sum."""
         return bool(self.sums[chunk]) and chunk_sum(self.read(chunk)) == self.sums[chunk]

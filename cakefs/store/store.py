@@ -4,9 +4,11 @@
     catalog/        LMDB (catalog.py)
     blobs/ab/<hex>  sealed bytes (blobs.py)
     partial/        spans in flight (partial.py)
-    quarantine/     blobs that a published SHA-256 proved wrong, until the next sweep
+    quarantine/     blobs that a published SHA-256 proved wrong, until gc, or until a limit needs their room
     run/            leases of running processes (lease.py)
-    *.lock          flocks: names.lock (blobs.py), run.lock (lease.py), gc.lock (`Store.guard`)
+    backup/         a copy of the catalog (backup.py)
+    *.lock          flocks: names.lock (blobs.py), run.lock (lease.py), gc.lock (`Store.guard`),
+                    evict.lock (`Store.evicting`)
     confirm.lock    a lock for each upstream file (`Store.confirming`)
 
 Locks are taken in this order: partials' (by name, where several), names.lock, LMDB's writer.
@@ -17,22 +19,24 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial as bind
 from pathlib import Path
 
 from cakefs.errors import CakeError, CorruptData
 from cakefs.model import CHUNK, INLINE_LIMIT, Digest, SpanKey
+from cakefs.store import backup, upkeep
 from cakefs.store import lease as leases
-from cakefs.store import upkeep
 from cakefs.store.blobs import Blobs, Candidate, inspect
 from cakefs.store.catalog import BlobRecord, Catalog
-from cakefs.store.content import Content, FileContent, InlineContent
+from cakefs.store.content import Content, FileContent, InlineContent, Outcome
 from cakefs.store.environment import MAP_SIZE
-from cakefs.store.files import locked, locked_place, read_full, translated
+from cakefs.store.files import Descriptor, locked, locked_place, read_full, scratch, translated
+from cakefs.store.foreign import BorrowedContent, open_place, report_gone
 from cakefs.store.hashes import CHUNK_SHIFT, DigestHasher, chunk_count, chunk_size, chunk_sum
-from cakefs.store.layout import open_layout
+from cakefs.store.layout import open_layout, sweep_layout
 from cakefs.store.partial import Partial, local_size, open_partial, partial_name
+from cakefs.store.use import last_use, touch
 
 # Partials sealed in one transaction; each has two descriptors open, so this stays below the usual limit of 1024.
 SEAL_BATCH = 256
@@ -59,10 +63,16 @@ class Store:
     def open(cls, path: Path, *, create: bool = True, map_size: int = MAP_SIZE) -> "Store":
         """Raises UserError: no store and not to be made, a newer format, or no access."""
         open_layout(path, create=create)
+        backup.check_present(path)
         return cls(path, Catalog.open(path / "catalog", map_size=map_size))
 
     def close(self) -> None:
+        self.keep_copy()
         self.catalog.close()
+
+    def keep_copy(self) -> None:
+        """Of the catalog, unless there is a recent one."""
+        backup.keep(self.path, self.catalog)
 
     def __enter__(self) -> "Store":
         return self
@@ -89,6 +99,12 @@ class Store:
                 if partial is not None or self._record(key) is None:
                     return partial
 
+    def blob(self, digest: Digest) -> Content | None:
+        """The bytes of a blob, whichever spans have them; None when it is gone."""
+        with translated(f"open blob {digest} in {self.path}"):
+            record = self.catalog.blob(digest)
+            return None if record is None else self._blob_content(SpanKey(digest, 0, record.size), record)
+
     def has(self, key: SpanKey) -> bool:
         """True when the span is sealed."""
         return bool(self.catalog.recorded([key]))
@@ -112,6 +128,12 @@ class Store:
             raise CorruptData(f"literal {digest} is gone or damaged in {self.path}", hint="cakefs add the model again")
         return data
 
+    def clonable(self, key: SpanKey) -> Descriptor | None:
+        """The immutable file with exactly the bytes of a sealed span; None where they are in no file of their own."""
+        record = self.catalog.find(key)
+        with translated(f"open bytes {key.start}..{key.stop} of {key.identity} in {self.path}"):
+            return None if record is None or record.inline is not None else self.blobs.open(record)
+
     # Writing
 
     def write_chunk(self, key: SpanKey, chunk: int, data: bytes | bytearray | memoryview) -> bool:
@@ -120,7 +142,7 @@ class Store:
         Of a sealed span only a damaged chunk is replaced, by the very bytes that were sealed.
 
         Returns: True when the span is complete and waits for `seal`.
-        Raises: CorruptData: The span is sealed, and these bytes are not the ones that were sealed.
+        Raises: CorruptData: The span is sealed, the chunk damaged, and these bytes are not the ones that were sealed.
         """
         if len(data) != chunk_size(key.size, chunk) or not 0 <= chunk < chunk_count(key.size):
             raise ValueError(f"{len(data)} bytes for chunk {chunk} of {key}")
@@ -171,6 +193,14 @@ class Store:
                 self.blobs.publish(list(small.values()))
         self.seal(large)
 
+    def bind(self, spans: Sequence[tuple[SpanKey, BlobRecord]]) -> bool:
+        """As `Blobs.bind`; what was on its way of the spans is dropped."""
+        with translated(f"write to {self.path}"):
+            bound = self.blobs.bind(spans)
+            if bound:
+                self.seal(key for key, _ in spans)
+            return bound
+
     def put_literal(self, data: bytes) -> Digest:
         """Keeps bytes that no upstream file has."""
         key = _literal_key(data)
@@ -203,6 +233,25 @@ class Store:
         with translated(f"write to {self.path}"):
             return self.blobs.delete(digests)
 
+    def evict(self, digests: Sequence[str], *, dry_run: bool = False) -> set[str]:
+        """Deletes blobs that can be fetched again, except those in use; their spans are missing then.
+
+        Returns: Those that went, or would go.
+        """
+        with translated(f"write to {self.path}"):
+            return self.blobs.evict(digests, dry_run=dry_run)
+
+    def note_use(self, keys: Iterable[SpanKey], *, ago: float = 0.0) -> None:
+        """These spans are used now, or were so many seconds ago: what was used before makes room before them."""
+        for record in map(self.catalog.find, keys):
+            if record is not None and record.inline is None:
+                with suppress(OSError):  # borrowed, gone or read-only: nothing to be evicted
+                    touch(self.blobs.path(record.digest), ago)
+
+    def last_use(self, digest: Digest) -> float | None:
+        """When a blob in a file of its own was used last, in Unix seconds; None when there is no such file."""
+        return last_use(self.blobs.path(digest))
+
     # Upkeep: work that grows with the store
 
     def partials(self) -> Iterator[tuple[SpanKey, int]]:
@@ -210,7 +259,7 @@ class Store:
         return upkeep.partials(self.partial_path)
 
     def usage(self) -> upkeep.Usage:
-        return upkeep.usage(self.catalog, self.partial_path)
+        return upkeep.usage(self.catalog, self.partial_path, self.path / "quarantine")
 
     def sweep(self) -> int:
         """Removes what nobody will ever use: debris of crashes, quarantined blobs, leases of the dead.
@@ -219,11 +268,18 @@ class Store:
         """
         with translated(f"clear up {self.path}"):
             self.leased()
+            sweep_layout(self.path)
+            backup.sweep(self.path)
             return (
                 upkeep.sweep_partials(self.catalog, self.partial_path)
                 + upkeep.sweep_blobs(self.catalog, self.blobs)
-                + upkeep.sweep_directory(self.path / "quarantine")
+                + self.empty_quarantine()
             )
+
+    def empty_quarantine(self) -> int:
+        """Returns: the bytes freed on disk."""
+        with translated(f"clear up {self.path}"):
+            return upkeep.sweep_directory(self.path / "quarantine")
 
     # Processes
 
@@ -238,6 +294,10 @@ class Store:
     def guard(self, *, exclusive: bool = False) -> AbstractContextManager[None]:
         """Held by gc (exclusive), and by whoever has stored bytes that no model names yet, such as `add`."""
         return locked(self.path / "gc.lock", shared=not exclusive)
+
+    def evicting(self) -> AbstractContextManager[None]:
+        """Held by whoever plans and carries out an eviction."""
+        return locked(self.path / "evict.lock")
 
     @contextmanager
     def confirming(self, identity: str) -> Iterator[None]:
@@ -257,7 +317,10 @@ class Store:
         return None
 
     def _forget(self, record: BlobRecord) -> None:
-        _log.warning("blob %s is gone or damaged as a whole: it will be fetched again", record.digest)
+        if record.places:
+            report_gone(*(place.stamp for place in record.places))
+        else:
+            _log.warning("blob %s is gone or damaged as a whole: it will be fetched again", record.digest)
         if not self.catalog.readonly:
             try:
                 self.blobs.forget(record)
@@ -267,8 +330,11 @@ class Store:
     def _blob_content(self, key: SpanKey, record: BlobRecord) -> Content | None:
         if record.inline is not None:
             return InlineContent(record.inline) if self.blobs.usable(record) else None
-        file = self.blobs.open(record)
         sums = memoryview(record.sums).cast("Q")
+        if record.places:
+            lent = open_place(record.places)
+            return None if lent is None else BorrowedContent(lent, record.size, sums, bind(_report, key), report_gone)
+        file = self.blobs.open(record)
         return None if file is None else FileContent(file, record.size, sums, bind(_report, key))
 
     def _partial_content(self, key: SpanKey) -> Content | None:
@@ -304,11 +370,12 @@ class Store:
                 partial = Partial.lock(self.partial_path, key, create=False)
                 if partial is not None:
                     locks.enter_context(partial)
-                if self._record(key) is not None:
+                record, ready = self._record(key), partial is not None and partial.complete
+                if record is not None and not (record.places and ready):
                     sealed.append(key)
                     if partial is not None:
                         partial.discard()
-                elif partial is not None and partial.complete:
+                elif partial is not None and ready:
                     complete[key] = partial
             if complete:
                 candidates = inspect(list(complete.values()), self.blobs.known)
@@ -321,13 +388,20 @@ class Store:
     def _repair(self, key: SpanKey, record: BlobRecord, chunk: int, data: bytes | bytearray | memoryview) -> None:
         if record.inline is not None:
             return  # checked as a whole by _record
-        expected = memoryview(record.sums).cast("Q")[chunk]
-        if chunk_sum(data) != expected:
+        if chunk_sum(data) != memoryview(record.sums).cast("Q")[chunk]:
+            if self._is_good(key, record, chunk):
+                return  # Two processes were sent different bytes: which ones are wrong, the file's hash tells.
             raise CorruptData(
                 f"chunk {chunk} of bytes {key.start}..{key.stop} of {key.identity} is not what {record.digest} has",
                 hint="cakefs verify --repair",
             )
-        self.blobs.rewrite(record, chunk, data)
+        (self.blobs.refuse if record.places else self.blobs.rewrite)(record, chunk, data)
+
+    def _is_good(self, key: SpanKey, record: BlobRecord, chunk: int) -> bool:
+        """Whether a chunk of a blob has the bytes that were sealed."""
+        content, at = self._blob_content(key, record), chunk << CHUNK_SHIFT
+        size = chunk_size(record.size, chunk)
+        return content is not None and content.read_into(scratch(size), at, wait=True) is Outcome.DONE
 
 
 def _report(key: SpanKey, chunk: int) -> None:

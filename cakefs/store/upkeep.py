@@ -14,18 +14,22 @@ from cakefs.store.partial import Partial, map_paths, partial_name, read_key
 
 class Usage(NamedTuple):
     """Attributes:
-    blob_bytes: Of all blobs, inline ones included.
+    blob_bytes: Of all blobs that are ours, inline ones included.
     partial_bytes: What partials take on disk.
+    quarantine_bytes: Of blobs that were found wrong or damaged, and replaced; on disk.
     """
 
     blob_bytes: int
     blob_count: int
     partial_bytes: int
+    quarantine_bytes: int
 
 
-def usage(catalog: Catalog, directory: Path) -> Usage:
-    sizes = [size for _, size, _ in catalog.blobs()]
-    return Usage(sum(sizes), len(sizes), sum(size for _, size in partials(directory)))
+def usage(catalog: Catalog, directory: Path, quarantine: Path) -> Usage:
+    borrowed = catalog.borrowed.digests()
+    sizes = [size for digest, size, _ in catalog.blobs() if digest not in borrowed]
+    set_aside = sum(map(_disk_size, quarantine.iterdir()))
+    return Usage(sum(sizes), len(sizes), sum(size for _, size in partials(directory)), set_aside)
 
 
 def partials(directory: Path) -> Iterator[tuple[SpanKey, int]]:
@@ -71,7 +75,7 @@ def sweep_blobs(catalog: Catalog, blobs: Blobs) -> int:
     """Removes files without a record, and records without a file."""
     with blobs.names():
         files = dict(blobs.files())
-        in_file = {digest for digest, _, inline in catalog.blobs() if not inline}
+        in_file = {digest for digest, _, inline in catalog.blobs() if not inline} - catalog.borrowed.digests()
         freed = sum(_remove(path) for digest, path in files.items() if digest not in in_file)
         catalog.drop_blobs(in_file - files.keys())
         return freed

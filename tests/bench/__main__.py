@@ -1,4 +1,4 @@
-"""Runs the measurements and prints one table: `scripts/bench [CASE …] [--rounds N] [--json FILE]`."""
+"""Runs the measurements and prints one table: `scripts/bench [CASE …] [--rounds N] [--json FILE] [--chart FILE]`."""
 
 import argparse
 import json
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.bench.cases import CASES
+from tests.bench.chart import draw
 from tests.bench.measure import Result
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("case", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all by default")
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each variant (default 5)")
     parser.add_argument("--json", type=Path, help="also write every sample to this file")
+    parser.add_argument("--chart", type=Path, help="also draw the ratios to this SVG file")
     parser.add_argument("--work", type=Path, help="directory for the data (default: a temporary one, needs 5 GB)")
     arguments = parser.parse_args()
     if unknown := set(arguments.case) - set(CASES):
@@ -32,6 +34,8 @@ def main() -> None:
     for r in results:
         table.add_row(r.name, _value(r), r.bar, {True: "met", False: "NOT MET", None: ""}[r.ok], r.detail)
     Console().print(table)
+    if arguments.chart:
+        arguments.chart.write_text(draw(results))
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) for r in results], indent=1))
 

@@ -2,8 +2,10 @@
 
 import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +25,7 @@ class Result:
     samples: dict[str, list[float]] = field(default_factory=dict)
 
 
-def interleaved(variants: dict[str, Action], rounds: int) -> dict[str, list[float]]:
+def interleaved(variants: Mapping[str, Action], rounds: int) -> dict[str, list[float]]:
     """Runs every variant once per round, in turning order; the first round warms up and is not counted."""
     samples: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
@@ -47,9 +49,10 @@ def timed(action: Callable[[], object]) -> float:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system seconds of a process."""
+    """User and system seconds of a process, of its children that live, and of those it has waited for."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK") + sum(cpu_seconds(int(child)) for child in children)
 
 
 def rss_bytes(pid: int) -> int:
@@ -61,3 +64,39 @@ def peak_rss_bytes(pid: int) -> int:
         if line.startswith("VmHWM"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def row(name: str, samples: dict[str, list[float]], of: str, to: str, bar: float) -> Result:
+    """The ratio of two variants against a bar."""
+    value = ratio(samples, of, to)
+    medians = ", ".join(f"{k} {statistics.median(v):.3f} s" for k, v in samples.items())
+    return Result(name, f"<= {bar:.2f}", value, value <= bar, medians, samples)
+
+
+LOAD = """
+import sys, time, torch, transformers
+import transformers.models.llama.modeling_llama
+start = time.perf_counter()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    model(torch.arange(4)[None])
+print("\\nseconds", time.perf_counter() - start)
+"""
+LOAD_GGUF = """
+import sys, time, xllamacpp as x
+start = time.perf_counter()
+p = x.CommonParams()
+p.model.path, p.n_ctx, p.n_parallel, p.warmup, p.fit_params, p.verbosity = sys.argv[1], 64, 1, False, False, -1
+asked = {"prompt": [1, 270], "n_predict": 1, "temperature": 0, "ignore_eos": True, "samplers": ["temperature"]}
+x.Server(p).handle_completions(asked)
+print("\\nseconds", time.perf_counter() - start)
+"""
+
+
+def loading(path: Path, program: str = LOAD) -> float:
+    """Seconds of loading and one forward pass, by transformers or by `program`; imports not counted."""
+    env = dict(os.environ) | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([sys.executable, "-c", program, str(path)], env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"loading {path}: exit {done.returncode}\n{done.stderr[-2000:]}")
+    return float(done.stdout.rpartition("seconds")[2])

@@ -26,6 +26,12 @@ def cakefs(env: dict[str, str], *arguments: str) -> str:
     return done.stdout
 
 
+def cakefs_all(env: dict[str, str], names: list[str]) -> None:
+    """`cakefs add` of many, in one process."""
+    code = "import sys; from cakefs.cli.main import main; sys.exit(max(main(['add', '-q', n]) for n in sys.argv[1:]))"
+    subprocess.run([sys.executable, "-c", code, *names], env=env, stdout=subprocess.DEVNULL, check=True)
+
+
 @contextmanager
 def hub_process(root: Path, *, rate: float = 0, latency: float = 0) -> Iterator[str]:
     """A hub in a process of its own, shaped to `rate` bytes per second and `latency` seconds. Yields its endpoint."""
@@ -53,6 +59,14 @@ def mounted(env: dict[str, str], mountpoint: Path, *flags: str, read_ahead_kb: i
 def passthrough(file: Path, mountpoint: Path, *, read_ahead_kb: int | None = None) -> Iterator[int]:
     command = [sys.executable, "-m", "tests.bench.passthrough", str(file), str(mountpoint)]
     with _served(command, mountpoint, None, read_ahead_kb) as pid:
+        yield pid
+
+
+@contextmanager
+def rclone(remote: str, mountpoint: Path, *flags: str) -> Iterator[int]:
+    """`rclone mount` of a local directory or of what rclone calls a remote."""
+    command = ["rclone", "mount", "--read-only", "--config", os.devnull, *flags, remote, str(mountpoint)]
+    with _served(command, mountpoint, None, None) as pid:
         yield pid
 
 

@@ -1,3 +1,3 @@
 """Fuzzing of everything that reads bytes of strangers: `scripts/fuzz`, and a short run of it in the tests."""
 
-NAMES = ("safetensors", "gguf", "torch", "pickle", "index")
+NAMES = ("safetensors", "gguf", "alike", "torch", "pickle", "index")

@@ -4,18 +4,20 @@
 whatever part of the file was there first, and to be what the official reader sees where there is one.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 
 from cakefs.errors import InvalidFormat
 from cakefs.formats import ggml, gguf, safetensors, sharded
+from cakefs.formats.ggufalike import read_alike
 from cakefs.formats.ggufwrite import TensorSpec, build_header
 from cakefs.formats.steps import run
 from cakefs.formats.torchckpt import read_checkpoint
 from cakefs.model import ByteRange, is_safe_path
 from cakefs.plan.gguf_compose import piece_ranges
-from tests import official
+from tests import gguf_files, official
 from tests.torch_files import legacy, zipped
 
 Target = Callable[[bytes], None]
@@ -79,6 +81,32 @@ def fuzz_gguf(data: bytes) -> None:
     assert all(t.size == s.size or t.type_id not in ggml.TYPES for t, s in zip(again.tensors, specs, strict=True))
 
 
+@functools.cache
+def _vocabulary() -> bytes:
+    """A GGUF file with two long arrays."""
+    words = b"".join(gguf_files.text(f"{i:06}") for i in range(5000))
+    pairs = [
+        gguf_files.pair("name", gguf_files.STRING, gguf_files.text("x")),
+        gguf_files.array("tokens", gguf_files.STRING, 5000, words),
+        gguf_files.array("types", gguf_files.I32, 20_000, bytes(80_000)),
+    ]
+    return gguf_files.make(pairs, [gguf_files.info("a", [8])], 8192)
+
+
+def fuzz_alike(data: bytes) -> None:
+    """A header read by another one: five bytes each say what is changed in the file, and where."""
+    like = gguf.parse_header(_vocabulary(), len(_vocabulary()), "like.gguf")
+    assert isinstance(like, gguf.Header)
+    file = bytearray(_vocabulary())
+    for at in range(0, len(data) - 4, 5):
+        file[int.from_bytes(data[at : at + 4], "little") % len(file)] = data[at + 4]
+    with refusals():
+        found = run(read_alike(len(file), "x.gguf", like), reader(bytes(file)))
+    if found is None:
+        raise Refused
+    assert b"".join(file[p.start : p.stop] for p in piece_ranges(found.outline(), len(file))) == file
+
+
 def fuzz_torch(data: bytes) -> None:
     with refusals():
         found = run(read_checkpoint(len(data), "x.bin"), reader(data))
@@ -111,6 +139,7 @@ def fuzz_index(data: bytes) -> None:
 TARGETS: dict[str, Target] = {
     "safetensors": fuzz_safetensors,
     "gguf": fuzz_gguf,
+    "alike": fuzz_alike,
     "torch": fuzz_torch,
     "pickle": fuzz_pickle,
     "index": fuzz_index,

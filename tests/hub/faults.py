@@ -11,6 +11,7 @@ Kinds:
     no-range        200 and the whole file
     etag            another strong ETag, same bytes
     gzip            compressed, for clients that accept it
+    gzip-anyway     compressed, whatever the client accepts
     expired         403 as of a signed URL that is too old
     redirect        302 to `to`
     redirect-loop   302 to itself, for ever, each hop another URL
@@ -183,6 +184,7 @@ BODY: dict[str, Spoiler] = {
     "no-range": without_range,
     "etag": other_etag,
     "gzip": compressed,
+    "gzip-anyway": compressed,
 }
 # Faults that replace any answer.
 STATUS: dict[str, Spoiler] = {

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from cakefs.errors import UserError
-from cakefs.plan.modelconfig import Take, find_section, rewrite_config, section_of
+from cakefs.plan.modelconfig import Take, rewrite_config
+from cakefs.plan.sections import find_section, section_of
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from cakefs.cli.checks.check import Check, said_by, text_of
+from cakefs.fs.place import WITHOUT_FUSE
 
 MIN_FILES = 4096
 MIN_KERNEL = (4, 20)  # Requests of 1 MiB instead of 128 KiB.
@@ -22,12 +23,13 @@ def check_device(root: Path) -> Check:
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        return Check(name, False, "missing", f"sudo modprobe fuse; {in_container}")
+        return Check(name, False, "missing", f"sudo modprobe fuse; {in_container}; {WITHOUT_FUSE}")
     except OSError as error:
         fix = in_container if os.geteuid() == 0 else "sudo chmod 666 /dev/fuse"
-        return Check(name, False, f"cannot be opened: {error.strerror}", fix)
+        return Check(name, False, f"cannot be opened: {error.strerror}", f"{fix}; {WITHOUT_FUSE}")
     if os.geteuid() == 0 and not _may_mount(text_of(root / "proc/self/status")):
-        return Check(name, False, "can be opened, but this root may not mount (no CAP_SYS_ADMIN)", in_container)
+        detail = "can be opened, but this root may not mount (no CAP_SYS_ADMIN)"
+        return Check(name, False, detail, f"{in_container}; {WITHOUT_FUSE}")
     return Check(name, True, "can be opened")
 
 

@@ -1,0 +1,1 @@
+"""Ordinary files of what models show, written outside the store."""

@@ -1,0 +1,336 @@
+"""What is in a store: models, their files, tensors and sources, and how much of each is local and shared. Only reads.
+
+Imports nothing of the network, so that `cakefs ls` is quick. Over many models everything is read by few scans: one of
+the spans, one of the partials, one of the manifests.
+"""
+
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+from cakefs.errors import UserError
+from cakefs.model import COMPUTED, File, Literal, Manifest, Source, SpanKey, TensorInfo, View, leaves
+from cakefs.plan.derived import own_files
+from cakefs.plan.view import Bytes, parts_of, tensor_data
+from cakefs.store.borrowing import Borrowing
+from cakefs.store.store import Store
+
+
+class ModelSummary(NamedTuple):
+    """Attributes:
+    added: Unix seconds.
+    size: Bytes of the files in the model's directory; `local_bytes` of them are in the store.
+    shared_bytes: The part of `local_bytes` whose blobs other models refer to as well.
+    borrowed_bytes: The part of `local_bytes` that lies in files of somebody else.
+    complete: Everything is local.
+    verified: And every upstream file with a published SHA-256 was found to have it; there is at least one.
+    substituted: As in `Manifest`; such a model is never verified.
+    pinned: No limit and no `evict` takes its bytes.
+    """
+
+    name: str
+    origin: str
+    revision: str
+    added: int
+    size: int
+    local_bytes: int
+    shared_bytes: int
+    complete: bool
+    verified: bool
+    borrowed_bytes: int = 0
+    substituted: str = ""
+    pinned: bool = False
+
+    @property
+    def state(self) -> str:
+        """The one word for it; two where it is not what was published."""
+        if self.verified:
+            return "verified"
+        here = "complete" if self.complete else f"{100 * self.local_bytes // max(1, self.size)} %"
+        return f"{here}, substituted" if self.substituted else here
+
+
+class FileSummary(NamedTuple):
+    """A file shown; `view` says where."""
+
+    path: str
+    view: str
+    size: int
+    local_bytes: int
+
+    @property
+    def in_model(self) -> bool:
+        """In the model's directory, not only among the originals."""
+        return self.view != View.ORIGINAL
+
+
+class SourceSummary(NamedTuple):
+    """An upstream file.
+
+    Attributes:
+        verified: None while its SHA-256 was not computed here.
+        dtypes: How many tensors of each type it has, the most frequent first.
+    """
+
+    path: str
+    url: str
+    identity: str
+    size: int
+    sha256: str
+    verified: bool | None
+    dtypes: dict[str, int]
+
+
+class TensorSummary(NamedTuple):
+    """A tensor.
+
+    Attributes:
+        digest: Of its blob; empty unless all of it is local, and for one that is no blob by itself.
+        source: The upstream file that it is in, or the first of several.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    size: int
+    local_bytes: int
+    digest: str
+    source: str
+
+
+class StoreSummary(NamedTuple):
+    """Attributes:
+    borrowed_bytes: In files of somebody else, and not counted in `blob_bytes`.
+    """
+
+    models: int
+    blobs: int
+    blob_bytes: int
+    partial_bytes: int
+    borrowed_bytes: int = 0
+
+
+class Local:
+    """What of which span is in the store, or in files that lend it, as of when this was made.
+
+    Args:
+        digests: Of the blobs of the complete ones.
+    """
+
+    def __init__(self, store: Store, digests: Mapping[SpanKey, str]) -> None:
+        self.digests = digests
+        self._partial = {key: store.local_bytes([key]) for key, _ in store.partials() if key not in digests}
+
+    @classmethod
+    def of_all(cls, store: Store) -> "Local":
+        Borrowing(store).forget_lost()
+        return cls(store, dict(store.catalog.listing()))
+
+    @classmethod
+    def of_model(cls, store: Store, manifest: Manifest) -> "Local":
+        Borrowing(store).forget_lost()
+        identities = {source.identity for source in manifest.sources}
+        return cls(store, {SpanKey(i, *span): d for i in identities for span, d in store.catalog.spans(i).items()})
+
+    def size(self, key: SpanKey) -> int:
+        return key.size if key in self.digests else self._partial.get(key, 0)
+
+
+class Shown:
+    """What a model's own files consist of: bytes shown by span, and bytes of literals."""
+
+    def __init__(self, manifest: Manifest, files: Iterable[File] | None = None) -> None:
+        """Args: files: Only these."""
+        sizes: dict[int, int] = {}
+        self.literal_bytes = self.size = 0
+        for file in own_files(manifest).values() if files is None else files:
+            self.size += file.size
+            for segment in file.segments:
+                if isinstance(segment, Literal):
+                    self.literal_bytes += segment.size
+                    continue
+                for extent in leaves(segment):
+                    if extent.size:  # An empty tensor is never stored.
+                        sizes[extent.span] = sizes.get(extent.span, 0) + extent.size
+        self.sources = {manifest.spans[span].source for span in sizes}
+        self.spans: dict[SpanKey, int] = {}
+        for span, size in sizes.items():
+            key = manifest.key(span)  # Files with equal bytes have equal keys.
+            self.spans[key] = self.spans.get(key, 0) + size
+
+    def local_bytes(self, local: Local) -> int:
+        """A span that is shown several times counts as often; what is calculated, as much as of its inputs is here."""
+        if self.complete(local):
+            return self.size
+        here = sum(min(size, local.size(key) * -(-size // (key.size or 1))) for key, size in self.spans.items())
+        return self.literal_bytes + self._as_shown(here)
+
+    def bytes_in(self, blobs: Container[str], local: Local) -> int:
+        """Of what is local, the part that is in these blobs, counted as in `local_bytes`."""
+        return self._as_shown(sum(size for digest, size in self.blobs(local).items() if digest in blobs))
+
+    def _as_shown(self, stored: int) -> int:
+        """How much of the files so many bytes of what they are made of stand for."""
+        needed, shown = sum(self.spans.values()), self.size - self.literal_bytes
+        return stored if shown == needed else stored * shown // needed
+
+    def complete(self, local: Local) -> bool:
+        return self.spans.keys() <= local.digests.keys()
+
+    def blobs(self, local: Local) -> dict[str, int]:
+        """Digests of the blobs of its complete spans, and how many bytes of each are shown or calculated with."""
+        found: dict[str, int] = {}
+        for key, size in self.spans.items():
+            if digest := local.digests.get(key):
+                found[digest] = found.get(digest, 0) + size
+        return found
+
+
+def open_store(path: Path) -> Store:
+    """Raises UserError when there is none: looking at a store does not make one."""
+    return Store.open(path, create=False)
+
+
+def find_model(store: Store, name: str) -> Manifest:
+    """The manifest a name stands for. Raises UserError."""
+    require_models(store, [name])
+    return store.catalog.manifest(store.catalog.models()[name].manifest)
+
+
+def require_models(store: Store, names: Iterable[str]) -> None:
+    """Raises UserError for a name that stands for nothing here."""
+    known = store.catalog.models()
+    for name in names:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`cakefs ls` says what there is, `cakefs add` brings more"
+            raise UserError(f"no model {name!r} here", hint=hint)
+
+
+def summarize_store(path: Path) -> StoreSummary:
+    """All zero where there is no store yet."""
+    if not _exists(path):
+        return StoreSummary(0, 0, 0, 0)
+    with open_store(path) as store:
+        usage = store.usage()
+        borrowed = Borrowing(store).bytes()
+        models = len(store.catalog.models())
+        return StoreSummary(models, usage.blob_count, usage.blob_bytes, usage.partial_bytes, borrowed)
+
+
+def summarize_models(path: Path) -> list[ModelSummary]:
+    """All models by name; none where there is no store yet."""
+    if not _exists(path):
+        return []
+    with open_store(path) as store:
+        local, records = Local.of_all(store), store.catalog.models()
+        models = [(records[name].added, store.catalog.manifest(records[name].manifest)) for name in sorted(records)]
+        return [m._replace(pinned=records[m.name].pinned) for m in summarize(store, models, local)]
+
+
+def summarize(store: Store, models: Sequence[tuple[int, Manifest]], local: Local) -> list[ModelSummary]:
+    """Args: models: Each with when it was added; sharing counts among these."""
+    shown = [Shown(manifest) for _, manifest in models]
+    users = Counter(digest for one in shown for digest in one.blobs(local))
+    shared = {digest for digest, times in users.items() if times > 1}
+    confirmed, borrowed = _Confirmations(store), store.catalog.borrowed.digests()
+    return [
+        ModelSummary(
+            manifest.name,
+            manifest.origin,
+            manifest.revision,
+            added,
+            size=one.size,
+            local_bytes=one.local_bytes(local),
+            shared_bytes=one.bytes_in(shared, local),
+            complete=(complete := one.complete(local)),
+            verified=complete and confirmed.all_of(manifest, one),
+            borrowed_bytes=one.bytes_in(borrowed, local),
+            substituted=manifest.substituted,
+        )
+        for (added, manifest), one in zip(models, shown, strict=True)
+    ]
+
+
+def summarize_files(manifest: Manifest, local: Local) -> list[FileSummary]:
+    def summary(file: File) -> FileSummary:
+        return FileSummary(file.path, file.view, file.size, Shown(manifest, [file]).local_bytes(local))
+
+    return [summary(file) for file in sorted(manifest.files, key=lambda f: (f.view == View.ORIGINAL, f.path))]
+
+
+def summarize_sources(store: Store, manifest: Manifest) -> list[SourceSummary]:
+    confirmed = _Confirmations(store)
+    dtypes: dict[str, Counter[str]] = {source.path: Counter() for source in manifest.sources}
+    for tensor, data in _tensors(manifest):
+        dtypes[_source(manifest, data)][tensor.dtype] += 1
+    return [
+        SourceSummary(
+            s.path,
+            s.locator.url,
+            s.identity,
+            s.locator.size,
+            s.sha256,
+            confirmed.of(s),
+            dict(dtypes[s.path].most_common()),
+        )
+        for s in manifest.sources
+    ]
+
+
+def summarize_tensors(manifest: Manifest, local: Local) -> list[TensorSummary]:
+    """In the order of the manifest."""
+    found = []
+    for tensor, data in _tensors(manifest):
+        source = _source(manifest, data)
+        if tensor.span == COMPUTED:
+            parts = [(e.size, min(e.size, local.size(manifest.key(e.span)))) for e in leaves(data)]
+            here = data.size * sum(p[1] for p in parts) // max(1, sum(p[0] for p in parts))
+            found.append(TensorSummary(tensor.name, tensor.dtype, tensor.shape, data.size, here, "", source))
+            continue
+        key = manifest.key(tensor.span)
+        here, digest = local.size(key), local.digests.get(key, "")
+        found.append(TensorSummary(tensor.name, tensor.dtype, tensor.shape, key.size, here, digest, source))
+    return found
+
+
+def _tensors(manifest: Manifest) -> Iterator[tuple[TensorInfo, Bytes]]:
+    """What each is made of."""
+    views = parts_of(manifest) if manifest.stack else {}
+    for tensor in manifest.tensors:
+        yield tensor, views[tensor.name].data if tensor.name in views else tensor_data(manifest, tensor)
+
+
+def _source(manifest: Manifest, data: Bytes) -> str:
+    return manifest.sources[manifest.spans[leaves(data)[0].span].source].path
+
+
+def is_verified(store: Store, manifest: Manifest, shown: Shown) -> bool:
+    """Complete, and every published SHA-256 was met."""
+    return shown.complete(Local.of_model(store, manifest)) and _Confirmations(store).all_of(manifest, shown)
+
+
+class _Confirmations:
+    """Outcomes of whole-file checks, each looked up once."""
+
+    def __init__(self, store: Store) -> None:
+        self._catalog = store.catalog
+        self._known: dict[str, bool | None] = {}
+
+    def of(self, source: Source) -> bool | None:
+        """None while the file was not hashed here."""
+        if source.identity not in self._known:
+            verified = self._catalog.verified(source.identity)
+            self._known[source.identity] = None if verified is None else verified.ok
+        return self._known[source.identity]
+
+    def all_of(self, manifest: Manifest, shown: Shown) -> bool:
+        """True when there are published hashes, and all of them were met."""
+        published = [s for i in shown.sources if (s := manifest.sources[i]).sha256]
+        return bool(published) and not manifest.substituted and all(self.of(source) for source in published)
+
+
+def _exists(path: Path) -> bool:
+    return (path / "format").exists()

@@ -1,0 +1,1 @@
+"""How models come to be: sources and listings, what `add` reads of them, slices, merges and other made ones."""

@@ -1,0 +1,1 @@
+"""The transfer processes: how they are started and spoken to, what they may do, and what they do."""

@@ -1,0 +1,117 @@
+"""Confirming an upstream file: once all its bytes are local, they must have the hash that was published.
+
+Until then trust is TLS + length + validator. A file that fails is *quarantined*: none of its spans counts as local
+any more, so they are fetched again; what another file proved stays.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial as bind
+
+from cakefs.engine.local import stream, stream_blob
+from cakefs.errors import CorruptData
+from cakefs.model import MIB, SpanKey
+from cakefs.plan.pullplan import PROVING
+from cakefs.plan.ranges import tiling
+from cakefs.store.store import Store
+
+log = logging.getLogger(__name__)
+
+_Stream = Callable[[memoryview], Iterator[memoryview]]
+
+
+def confirm_source(store: Store, identity: str, size: int, *, again: bool = False) -> bool | None:
+    """Hashes a whole upstream file of `size` bytes from the store, if it is complete and was not confirmed before.
+
+    Args:
+        again: Hash it even if it was confirmed before.
+
+    Returns:
+        True or False for a file that was hashed; None when it is incomplete, has no published hash, or needs none.
+    """
+    if identity.partition(":")[0] not in ("sha256", "git") or _pieces(store, identity, size, again) is None:
+        return None
+    with store.confirming(identity):
+        return _confirm(store, identity, size, again)
+
+
+def _pieces(store: Store, identity: str, size: int, again: bool) -> list[tuple[int, int]] | None:
+    """What is to be hashed; None when that cannot or need not be done."""
+    known = store.catalog.verified(identity)
+    if known is not None and known.ok and not again:
+        return None
+    return tiling(store.catalog.spans(identity), size)
+
+
+def _confirm(store: Store, identity: str, size: int, again: bool) -> bool | None:
+    """Under its lock: another process may have been here in the meantime."""
+    pieces = _pieces(store, identity, size, again)
+    if pieces is None:
+        return None
+    algorithm, _, expected = identity.partition(":")
+    streams = [bind(stream, store, SpanKey(identity, *piece)) for piece in pieces]
+    actual = _hash(_hasher(algorithm, size), streams)
+    if actual is None:
+        return None
+    ok = actual == expected
+    store.catalog.set_verified(identity, ok, int(time.time()))
+    if not ok:
+        log.error("%s: the bytes do not have the published hash; they will be fetched again", identity)
+        store.catalog.distances.forget(identity)
+        for start, stop in store.catalog.spans(identity):
+            store.drop_span(SpanKey(identity, start, stop))
+    return ok
+
+
+def prove(store: Store, identity: str, size: int, guesses: Mapping[tuple[int, int], str]) -> bool | None:
+    """Fills gaps of an upstream file with blobs that may be the right ones, if the file then has its published SHA-256.
+
+    Args:
+        guesses: Blob by start and stop. They are bound to the file only by the proof, and only those that it needed.
+
+    Returns:
+        True when they were bound; False when the file has another hash with them, so that one of them, or a byte that
+        came, is wrong; None when that could not be found out. Nothing is dropped.
+    """
+    with store.confirming(identity):
+        sealed = store.catalog.spans(identity)
+        pieces = tiling(sealed.keys() | guesses.keys(), size)
+        if pieces is None or not identity.startswith(PROVING):
+            return None
+        records = {p: store.catalog.blob(guesses[p]) for p in pieces if p not in sealed}
+        streams = [
+            bind(stream_blob, store, guesses[p]) if p in records else bind(stream, store, SpanKey(identity, *p))
+            for p in pieces
+        ]
+        actual = _hash(hashlib.sha256(), streams)
+        if actual is None:
+            return None
+        if actual != identity.removeprefix(PROVING):
+            return False
+        proved = [(SpanKey(identity, *p), record) for p, record in records.items() if record is not None]
+        if len(proved) < len(records) or not store.bind(proved):
+            return None
+        store.catalog.set_verified(identity, True, int(time.time()))
+        return True
+
+
+def _hasher(algorithm: str, size: int) -> "hashlib._Hash":
+    """SHA-256 of an LFS file, or git's name of a blob: a SHA-1 that begins with the size."""
+    if algorithm == "sha256":
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+
+
+def _hash(digest: "hashlib._Hash", streams: Iterable[_Stream]) -> str | None:
+    """None when a span went away or is damaged here: that says nothing about what came."""
+    buffer = memoryview(bytearray(4 * MIB))
+    for open_stream in streams:
+        try:
+            for piece in open_stream(buffer):
+                digest.update(piece)
+        except CorruptData as error:
+            log.warning("%s", error.message)
+            return None
+    return digest.hexdigest()

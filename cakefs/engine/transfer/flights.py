@@ -1,0 +1,85 @@
+"""What is on its way: a *flight* is one job, and every chunk is in at most one; and what did not come a moment ago."""
+
+import math
+from collections import OrderedDict
+from enum import IntEnum
+
+import trio
+
+from cakefs.engine.transfer.messages import FetchJob, JobChunk, job_chunks
+from cakefs.errors import CakeError
+from cakefs.model import SpanKey
+
+FAILED_LIMIT = 10_000  # Chunks of which it is remembered why they did not come.
+
+
+class Priority(IntEnum):
+    DEMAND = 0
+    AHEAD = 1
+
+
+class Pending:
+    """A chunk on its way; `earlier` is why it did not come a moment ago."""
+
+    __slots__ = ("earlier", "error", "event", "flight", "size")
+
+    def __init__(self, flight: "Flight", size: int, earlier: CakeError | None) -> None:
+        self.flight = flight
+        self.size = size
+        self.earlier = earlier
+        self.event: trio.Event | None = None
+        self.error: CakeError | None = None
+
+    async def wait(self) -> None:
+        """Raises what the flight failed with."""
+        if self.event is None:
+            self.event = trio.Event()
+        await self.event.wait()
+        if self.error is not None:
+            raise type(self.error)(self.error.message, hint=self.error.hint)
+
+
+class Flight:
+    """A job and what of it has not arrived yet."""
+
+    __slots__ = ("chunks", "deaths", "job", "left", "priority", "queued")
+
+    def __init__(self, job: FetchJob, priority: Priority) -> None:
+        self.job = job
+        self.chunks: list[JobChunk] = job_chunks(job)
+        self.left = set(range(len(self.chunks)))
+        self.priority = priority
+        self.queued = True
+        self.deaths = 0
+
+
+class Counters:
+    """What `status` shows of the network; only ever grows."""
+
+    def __init__(self) -> None:
+        self.bytes_fetched = 0
+        self.flights = 0
+        self.failures = 0
+        self.worker_deaths = 0
+        self.confirmed = 0
+        self.refuted = 0
+
+
+class Failures:
+    """Why chunks did not come, for some seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._failed: OrderedDict[tuple[SpanKey, int], tuple[float, CakeError]] = OrderedDict()
+
+    def remember(self, chunk: JobChunk, error: CakeError) -> None:
+        self._failed[chunk.key, chunk.chunk] = (trio.current_time(), error)
+        while len(self._failed) > FAILED_LIMIT:
+            self._failed.popitem(last=False)
+
+    def forget(self, chunk: JobChunk) -> None:
+        self._failed.pop((chunk.key, chunk.chunk), None)
+
+    def earlier(self, chunk: JobChunk) -> CakeError | None:
+        when, error = self._failed.get((chunk.key, chunk.chunk), (-math.inf, None))
+        return error if trio.current_time() - when < self._seconds else None

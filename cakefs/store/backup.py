@@ -1,0 +1,106 @@
+"""A copy of the catalog, from which one that broke is made again: which bytes belong where is written nowhere else.
+
+    backup/data.mdb     the catalog as it was some minutes ago
+    backup/new/         the next copy, while it is made
+
+A copy that is old does no harm: each of its rows is checked against what is there when it is used (sums of chunks,
+sizes, stamps of borrowed files). What was added or sealed since then is not in it, and is added or fetched again.
+"""
+
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+
+from cakefs.errors import CakeError, CorruptData
+from cakefs.store.catalog import Catalog
+from cakefs.store.files import locked, sync_directories, sync_file
+
+RATE = 1 << 20  # Bytes of catalog for which a copy is not made again within a second: a large one is copied seldom.
+HINT = "cakefs verify --repair"
+
+_log = logging.getLogger("cakefs.store")
+
+
+def copy_path(store: Path) -> Path:
+    return store / "backup" / "data.mdb"
+
+
+def keep(store: Path, catalog: Catalog) -> None:
+    """Makes a copy, if there is news and no recent one. One that cannot be made (a full disk) is made another time."""
+    if catalog.readonly or not catalog.changed or _is_recent(copy_path(store), catalog.used_bytes):
+        return
+    new = store / "backup" / "new"
+    try:
+        new.parent.mkdir(mode=0o700, exist_ok=True)
+        with locked(store / "backup.lock"):
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(mode=0o700)
+            catalog.copy(new)
+            check(new)
+            os.chmod(new / "data.mdb", 0o600)
+            sync_file(new / "data.mdb")
+            os.replace(new / "data.mdb", copy_path(store))
+            sync_directories([new.parent, store])
+            shutil.rmtree(new)
+    except (CakeError, OSError) as error:
+        _log.info("no copy of the catalog: %s", error)
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def sweep(store: Path) -> None:
+    """Removes what a crash left of a copy that was being made."""
+    if (new := store / "backup" / "new").exists():
+        with locked(store / "backup.lock"):  # else somebody is making one
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def check(directory: Path) -> None:
+    """Reads all of a catalog. Raises CorruptData; a badly broken one may end the process."""
+    catalog = Catalog.open(directory)
+    try:
+        catalog.walk()
+    finally:
+        catalog.close()
+
+
+def check_present(store: Path) -> None:
+    """Raises CorruptData for a catalog that vanished: a new, empty one must not take its place unasked."""
+    data = store / "catalog" / "data.mdb"
+    if copy_path(store).exists() and not (data.exists() and data.stat().st_size):
+        raise CorruptData(f"catalog {data.parent} is gone", hint=HINT)
+
+
+def put_back(store: Path) -> Path | None:
+    """Sets the broken catalog aside, and the copy in its place; an empty one where there is no copy. Nobody else may
+    have the store open.
+
+    Returns: What was set aside.
+    """
+    data, copy = store / "catalog" / "data.mdb", store / "catalog" / "copy.mdb"
+    aside = store / f"catalog-broken-{time.time_ns()}.mdb"
+    if copy_path(store).exists():
+        shutil.copy(copy_path(store), copy)  # with its mode
+        sync_file(copy)
+    if data.exists():
+        os.link(data, aside)
+    if copy.exists():
+        os.replace(copy, data)
+    else:
+        data.unlink(missing_ok=True)
+    sync_directories([data.parent, store])
+    return aside if aside.exists() else None
+
+
+def drop_copy(store: Path) -> None:
+    """It is broken, too."""
+    copy_path(store).unlink(missing_ok=True)
+
+
+def _is_recent(path: Path, size: int) -> bool:
+    try:
+        age = time.time() - path.stat().st_mtime
+    except OSError:
+        return False
+    return 0 <= age < size / RATE

@@ -1,0 +1,1 @@
+"""`scripts/stress`: real mounts under kills, evictions and a broken network, and the reference model at length."""

@@ -1,0 +1,121 @@
+"""What a transfer process asks of the network when others fill the same store."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from cakefs.engine.models.sources import UrlSource, default_name
+from cakefs.engine.transfer.messages import Arrived, Confirmed, Done, FetchJob, Idle, Report
+from cakefs.engine.transfer.worker import Worker
+from cakefs.model import CHUNK, ByteRange, Locator, SpanKey
+from cakefs.remotes.base import Sink
+from cakefs.store.store import Store
+
+DATA = b"".join(bytes([n]) * CHUNK for n in range(1, 6)) + b"end"
+KEY = SpanKey("sha256:file", 100, 100 + len(DATA))
+FILE = Locator("https://server/file", 100 + len(DATA))
+JOB = FetchJob(7, FILE, KEY.identity, KEY.start, KEY.stop, ((KEY.start, KEY.stop),))
+
+
+class Remote:
+    """Knows one file; remembers the ranges that were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    async def fetch(self, locator: Locator, span: ByteRange, sink: Sink) -> None:
+        self.asked.append((span.start - KEY.start, span.stop - KEY.start))
+        sink(DATA[span.start - KEY.start : span.stop - KEY.start])
+
+
+def fetched(store: Store) -> tuple[list[tuple[int, int]], list[Report]]:
+    """Ranges asked for and reports of one job for the whole span."""
+    remote, reports = Remote(), list[Report]()
+    worker = Worker(store, remote, reports.append)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            worker.start(nursery, JOB)
+        await worker.seal_pending()
+
+    trio.run(main)
+    return remote.asked, reports
+
+
+def test_chunks_that_another_process_brought_are_not_fetched_again(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "store")
+    try:
+        for chunk in (0, 3):
+            store.write_chunk(KEY, chunk, DATA[chunk * CHUNK : (chunk + 1) * CHUNK])
+        asked, reports = fetched(store)
+        assert asked == [(CHUNK, 3 * CHUNK), (4 * CHUNK, len(DATA))]
+        assert sorted(r.index for r in reports if isinstance(r, Arrived)) == list(range(6))
+        assert reports[-1] == Done(7)
+        assert store.has(KEY)
+        asked, reports = fetched(store)
+        assert asked == [] and reports[-1] == Done(7)
+    finally:
+        store.close()
+
+
+def test_a_chunk_that_rotted_is_fetched_again(tmp_path: Path) -> None:
+    store = Store.open(tmp_path / "store")
+    try:
+        fetched(store)
+        (blob,) = (p for p in (tmp_path / "store" / "blobs").rglob("*") if p.is_file())
+        blob.chmod(0o600)
+        with blob.open("r+b") as file:
+            file.seek(2 * CHUNK + 5)
+            file.write(b"rot")
+        asked, _ = fetched(store)
+        assert asked == [(2 * CHUNK, 3 * CHUNK)]
+        assert blob.read_bytes() == DATA
+    finally:
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://h.org/model.safetensors", "h.org"),
+        ("http://127.0.0.1:80/dir/model.safetensors", "127.0.0.1/dir"),
+        ("https://h.org/a/b/My%20Model.gguf?x=1", "b/My Model"),
+        ("https://h.org/org/name/resolve/main/model.safetensors.index.json", "org/name"),
+        ("https://h.org/x.safetensors", "h.org/x"),
+        ("https://h.org/a%2F..%2Fb/model.safetensors", "h.org/a-..-b"),
+        ("https://h.org/.git/../%00/model.safetensors", "h.org/git"),
+    ],
+)
+def test_a_url_is_shown_under_the_last_two_of_host_directories_and_file(url: str, name: str) -> None:
+    assert default_name(UrlSource(url)) == name
+
+
+@pytest.mark.parametrize("turn", range(8))  # trio runs tasks in an order by chance
+def test_a_flush_right_behind_a_job_waits_for_it(tmp_path: Path, turn: int) -> None:
+    store = Store.open(tmp_path / "store")
+    reports: list[Report] = []
+    idle = trio.Event()
+
+    def heard(report: Report) -> None:
+        reports.append(report)
+        if isinstance(report, Idle):
+            idle.set()
+
+    worker = Worker(store, Remote(), heard)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(worker.seal_forever)
+            worker.start(nursery, JOB)
+            worker.flush()
+            with trio.fail_after(30):
+                await idle.wait()
+            nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(main)
+        assert [r for r in reports if not isinstance(r, Arrived | Confirmed)] == [Done(7), Idle()]
+        assert store.has(KEY)
+    finally:
+        store.close()
