@@ -60,7 +60,7 @@ class Footprint(dict[str, int]):
 
     @classmethod
     def least(cls, pid: int, seconds: int) -> "Footprint":
-        """What it keeps: whatever it took only for some of this time, such as the process that counts sizes, is left out."""
+        """What it keeps, without what it had only for a while, such as the process that counts sizes."""
         seen = [cls.of(pid)]
         for _ in range(4 * seconds):
             time.sleep(0.25)
