@@ -179,7 +179,13 @@ def test_bug_is_one_line_and_a_traceback_with_debug(
         ("add org/name@v1 --revision v2", "v2"),
         ("add org/name --as ../up", "../up"),
         ("add https://host/x.safetensors --revision v1", "revisions"),
-        ("--offline add org/name", "offline"),
+        ("add https://", "not an http(s) URL"),
+        ("add http://[::1/x.safetensors", "not a URL"),
+        ("add http://xn--a/x.safetensors", "not a URL"),
+        ("add http://host:99999/x.safetensors", "99999"),
+        ("add https://host/dir/", "names no file"),
+        ("add org/name --as=", "bad model name ''"),
+        ("add org/name --revision=", "empty revision"),
         ("--endpoint nonsense add org/name", "nonsense"),
         ("pull org/name", "org/name"),
         ("show org/name", "no store"),
@@ -195,6 +201,22 @@ def test_user_mistake_is_exit_2_and_names_it(
     said = capsys.readouterr()
     assert said.out == ""
     assert words in said.err.splitlines()[0]
+
+
+@pytest.mark.parametrize("line", [["mount", ""], ["import", ""], ["export", "org/name", ""], ["add", "a", "--as", ""]])
+def test_an_empty_argument_is_no_directory(line: list[str], store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line) == UserError.exit_code
+    assert capsys.readouterr().err.startswith("error: an argument is empty\nhint: ")
+
+
+def test_a_surplus_argument_names_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--nonsense", "x"]) == UserError.exit_code
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense x\nhint: cakefs ls --help\n"
+
+
+def test_offline_nothing_can_be_added(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--offline", "add", "org/name"]) == RemoteUnavailable.exit_code
+    assert capsys.readouterr().err.startswith("error: cannot add a model offline\nhint: ")
 
 
 def test_looking_makes_no_store(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
