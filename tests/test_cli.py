@@ -1,5 +1,6 @@
 """The command line without store, hub or mount: the table of commands, help, exit codes, what goes where."""
 
+import io
 import json
 import logging
 import os
@@ -217,6 +218,16 @@ def test_a_surplus_argument_names_the_help_of_its_command(capsys: pytest.Capture
 def test_offline_nothing_can_be_added(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--offline", "add", "org/name"]) == RemoteUnavailable.exit_code
     assert capsys.readouterr().err.startswith("error: cannot add a model offline\nhint: ")
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    out = Out()
+    out.line("café █")
+    out.picture("██", "█")
+    out.flush()
+    assert stream.buffer.getvalue().decode("latin-1") == "café \\u2588\n\\u2588\\u2588\n"  # type: ignore[attr-defined]
 
 
 def test_looking_makes_no_store(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
