@@ -109,9 +109,8 @@ class Worker:
         self._report = report
         self._quota = quota or Quota(store, 0, 0.0)
         self._to_seal: list[SpanKey] = []
-        self._touched: dict[
-            str, int
-        ] = {}  # identity -> file size, with news since it was last looked at for completeness
+        # Identity -> file size, of those with news since they were last looked at for completeness.
+        self._touched: dict[str, int] = {}
         self._urls: dict[str, str] = {}  # identity -> where it came from, for the log
         self._swept: set[str] = set()  # identities whose leftovers of earlier processes have been sealed
         self._buffers: list[memoryview] = []  # free ones, as many as there were fetches at once
