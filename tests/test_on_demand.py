@@ -1,6 +1,7 @@
 """Models that nobody added, looked up in a real mount over a loopback hub."""
 
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -87,7 +88,7 @@ def test_walking_listing_and_completing_start_nothing(hub: Hub, cakefs: Cakefs, 
         ["ls", "-laR", mounted],
         ["du", "-s", mounted],
         ["bash", "-c", f"compgen -f {mounted}/wa; compgen -f {mounted}/walk/ti; echo {mounted}/*/*/c*"],
-        ["git", "-C", mounted / "walk", "status"],
+        *([["git", "-C", mounted / "walk", "status"]] if shutil.which("git") else []),
     ):
         subprocess.run([str(part) for part in command], capture_output=True, timeout=60)
     assert hub.requests == []
