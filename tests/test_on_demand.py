@@ -20,6 +20,19 @@ pytestmark = [needs_fuse, pytest.mark.timeout(120)]
 
 FILES = {**models.sharded(models.llama(), 2), "config.json": models.CONFIG, "1_Pooling/config.json": b"{}"}
 
+# What cargo, cmake, conda, pyenv, ctags and vim were seen to look for in whatever is above them.
+TOOLS = (
+    "rust-toolchain",
+    "cmake",
+    "CMakeFiles",
+    "PreLoad.cmake",
+    "conda-meta",
+    "pyenv",
+    "ctags.d",
+    "4913",
+    "build.ninja",
+)
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
@@ -87,6 +100,7 @@ def test_walking_listing_and_completing_start_nothing(hub: Hub, cakefs: Cakefs, 
         ["find", mounted, "-ls"],
         ["ls", "-laR", mounted],
         ["du", "-s", mounted],
+        ["tar", "--exclude-caches", "--exclude-vcs-ignores", "-cf", "/dev/null", "-C", mounted, "walk"],
         ["bash", "-c", f"compgen -f {mounted}/wa; compgen -f {mounted}/walk/ti; echo {mounted}/*/*/c*"],
         *([["git", "-C", mounted / "walk", "status"]] if shutil.which("git") else []),
     ):
@@ -95,7 +109,17 @@ def test_walking_listing_and_completing_start_nothing(hub: Hub, cakefs: Cakefs, 
 
 
 def test_what_desktops_editors_and_tools_look_for_never_leaves_the_machine(hub: Hub, mounted: Path) -> None:
-    for name in (".git", ".Trash-0", ".hidden", "autorun.inf", "AUTORUN.INF", "DCIM", "VIDEO_TS", "node_modules"):
+    for name in (
+        ".git",
+        ".Trash-0",
+        ".hidden",
+        "autorun.inf",
+        "AUTORUN.INF",
+        "DCIM",
+        "VIDEO_TS",
+        "node_modules",
+        *TOOLS,
+    ):
         assert not (mounted / name).exists(), name
         assert not (mounted / name / "name").exists(), name
         assert not (mounted / "acme" / name).exists(), name
