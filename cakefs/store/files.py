@@ -123,6 +123,13 @@ def sync_directories(paths: Sequence[Path]) -> None:
     sync_all([open_file(p, os.O_RDONLY | os.O_DIRECTORY) for p in paths], os.fsync)
 
 
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """With its parents, unless it is there; the names of those made are on the disk."""
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    sync_directories([p.parent for p in made])
+
+
 def unlink(path: Path | str) -> None:
     """Removes a file that may be gone already."""
     with suppress(FileNotFoundError):
