@@ -1,5 +1,6 @@
 """What a transfer process asks of the network when others fill the same store."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def test_a_flush_right_behind_a_job_waits_for_it(tmp_path: Path, turn: int) -> N
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(worker.seal_forever)
+            nursery.start_soon(worker.confirm_forever)
             worker.start(nursery, JOB)
             worker.flush()
             with trio.fail_after(30):
@@ -123,6 +125,45 @@ def test_a_flush_right_behind_a_job_waits_for_it(tmp_path: Path, turn: int) -> N
         assert store.has(KEY)
     finally:
         store.close()
+
+
+@pytest.mark.parametrize("came", [DATA, b"\xff" + DATA[1:]], ids=["right", "wrong"])
+def test_a_file_is_confirmed_while_another_stalls(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, came: bytes
+) -> None:
+    identity, here = f"sha256:{hashlib.sha256(DATA).hexdigest()}", ByteRange(0, len(DATA))
+    job = FetchJob(8, Locator("https://server/other", here.stop), identity, 0, here.stop, ((0, here.stop),))
+    confirmed = trio.Event()
+    reports: list[Report] = []
+
+    class Stalling:
+        async def fetch(self, locator: Locator, span: ByteRange, sink: Sink) -> None:
+            if locator == FILE:
+                await trio.sleep_forever()
+            sink(came[span.start : span.stop])
+
+    def heard(report: Report) -> None:
+        if isinstance(report, Confirmed):
+            reports.append(report)
+            confirmed.set()
+
+    with Store.open(tmp_path / "store") as store:
+        worker = Worker(store, Stalling(), heard)
+
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(worker.seal_forever)
+                nursery.start_soon(worker.confirm_forever)
+                worker.start(nursery, JOB)
+                worker.start(nursery, job)
+                with trio.fail_after(30):
+                    await confirmed.wait()
+                nursery.cancel_scope.cancel()
+
+        trio.run(main)
+        assert reports == [Confirmed(identity, came == DATA)]
+        assert store.has(SpanKey(identity, 0, here.stop)) == (came == DATA)
+    assert ("came wrong" in caplog.text) == (came != DATA)
 
 
 # Connections

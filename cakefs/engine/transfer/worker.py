@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -117,8 +118,9 @@ class Worker:
         self._touched: dict[str, Touched] = {}  # by identity, with news since it was last looked at for completeness
         self._swept: set[str] = set()  # identities whose leftovers of earlier processes have been sealed
         self._buffers: list[memoryview] = []  # free ones, as many as there were fetches at once
-        self._fetching = 0
+        self._fetching = Counter[str]()  # jobs, by identity
         self._work = trio.Event()
+        self._sealed = trio.Event()
         self._flushing = False
 
     def use(self, remote: Remote) -> None:
@@ -127,7 +129,7 @@ class Worker:
 
     def start(self, nursery: trio.Nursery, job: FetchJob) -> None:
         """Counts it at once: a flush that comes behind it must wait for it, though its task has not run yet."""
-        self._fetching += 1
+        self._fetching[job.identity] += 1
         nursery.start_soon(self._run, job)
 
     async def _run(self, job: FetchJob) -> None:
@@ -137,7 +139,7 @@ class Worker:
         except CakeError as error:
             self._report(failure(job.id, error))
         finally:
-            self._fetching -= 1
+            self._fetching -= Counter([job.identity])  # which forgets those of which there are none
             self._touched[job.identity] = Touched(job.locator.size, job.locator.url)
             self._work.set()
 
@@ -222,11 +224,18 @@ class Worker:
             await self._work.wait()
             self._work = trio.Event()
             await self.seal_pending()
-            if not self._fetching and not self._to_seal:
-                await self._confirm_complete()
-                if self._flushing:
-                    self._flushing = False
-                    self._report(Idle())
+            self._sealed.set()
+
+    async def confirm_forever(self) -> None:
+        """Beside the sealing, as a large file takes minutes. A file does not wait for others that are being fetched:
+        one that stalls, or a mount that is never idle, must not leave wrong bytes undiscovered."""
+        while True:
+            await self._sealed.wait()
+            self._sealed = trio.Event()
+            await self._confirm_complete()
+            if self._flushing and not (self._fetching or self._to_seal or self._touched):
+                self._flushing = False
+                self._report(Idle())
 
     async def seal_pending(self) -> None:
         while self._to_seal:
@@ -240,7 +249,10 @@ class Worker:
             del self._to_seal[: len(batch)]
 
     async def _confirm_complete(self) -> None:
-        touched, self._touched = self._touched, {}
+        changing = self._fetching.keys() | {key.identity for key in self._to_seal}
+        touched = {identity: file for identity, file in self._touched.items() if identity not in changing}
+        for identity in touched:
+            del self._touched[identity]
         try:
             await self._seal_leftovers(touched.keys() - self._swept)
             for identity, file in touched.items():
@@ -249,7 +261,8 @@ class Worker:
                     log.error("%s came wrong, and is fetched again", shown(file.url))
                 if outcome is not None:
                     self._report(Confirmed(identity, outcome))
-            await in_background(self._store.keep_copy)
+            if not (self._fetching or self._to_seal):
+                await in_background(self._store.keep_copy)
         except CakeError as error:
             log.warning("cannot confirm what was fetched: %s", error.message)
 
@@ -288,6 +301,7 @@ async def _serve() -> None:
                         quota = Quota(store, request.limit, request.spared_since)
                         worker = Worker(store, await network.remote(request), outbox.send_nowait, quota)
                         nursery.start_soon(worker.seal_forever)
+                        nursery.start_soon(worker.confirm_forever)
                     elif worker is not None and isinstance(request, Settings):
                         worker.use(await network.remote(request))
                     elif worker is not None and isinstance(request, FetchJob):
