@@ -56,6 +56,7 @@ PROVOKED = {
     "test_model": _UPSTREAM,
     "test_recover": _STORE,
     "test_remotes_": f"{_UPSTREAM}|trying again in ",
+    "test_resources": "cannot write to .*: Read-only file system",
     "test_store_": _STORE,
 }
 
