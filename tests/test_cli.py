@@ -1,5 +1,6 @@
 """The command line without store, hub or mount: the table of commands, help, exit codes, what goes where."""
 
+import errno
 import json
 import logging
 import os
@@ -169,6 +170,32 @@ def test_bug_is_one_line_and_a_traceback_with_debug(
     assert "Traceback" not in brief
     assert main(["gc", "--debug"]) == 70
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "hint"),
+    [
+        (OSError(errno.EMFILE, "", "/some/file"), "Too many open files", "ulimit -n"),
+        (
+            ExceptionGroup("tasks", [CakeError("gone"), OSError(errno.ENOMEM, "")]),
+            "Cannot allocate memory",
+            "ulimit -v",
+        ),
+        (MemoryError(), "Cannot allocate memory", "ulimit -v"),
+    ],
+)
+def test_what_the_system_runs_out_of_is_no_bug(
+    error: Exception,
+    says: str,
+    hint: str,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gc, "run", fail_with(error))
+    assert main(["gc"]) == CakeError.exit_code
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"error: {says}" and hint in said[1]
 
 
 @pytest.mark.parametrize(
