@@ -289,8 +289,8 @@ def collect(store: Store) -> GcPlan:
         plan = gc_plan(store)
         for key in plan.partials:  # First: on a full disk the catalog needs room to shrink.
             store.drop_partial(key)
-        store.catalog.drop_manifests(plan.manifests)
-        store.catalog.forget_spans(plan.spans)
+        store.freeing(lambda: store.catalog.drop_manifests(plan.manifests))
+        store.freeing(lambda: store.catalog.forget_spans(plan.spans))
         heads = map(store.catalog.manifest_head, store.catalog.manifest_ids())
         store.catalog.sha256.keep_claims({source.identity for head in heads for source in head.sources})
         store.delete_blobs(list(plan.blobs))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cakefs.errors import UserError
-from cakefs.model import COMPUTED, File, Literal, Manifest, Source, SpanKey, TensorInfo, View, leaves
+from cakefs.model import COMPUTED, File, Literal, Manifest, Source, SpanKey, TensorInfo, View, leaves, without_query
 from cakefs.plan.derived import own_files
 from cakefs.plan.view import Bytes, parts_of, tensor_data
 from cakefs.store.borrowing import Borrowing
@@ -269,8 +269,8 @@ def summarize_sources(store: Store, manifest: Manifest) -> list[SourceSummary]:
     return [
         SourceSummary(
             s.path,
-            s.locator.url,
-            s.identity,
+            without_query(s.locator.url),
+            without_query(s.identity),
             s.locator.size,
             s.sha256,
             confirmed.of(s),
