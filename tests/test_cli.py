@@ -18,6 +18,7 @@ from cakefs.cli import gc
 from cakefs.cli.main import COMMANDS, LogLines, build_parser, main
 from cakefs.cli.out import Out, counted, human_size, printable
 from cakefs.errors import CakeError, RemoteUnavailable, UserError
+from tests.models import llama, single
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"trio", "httpx", "lmdb", "rich", "huggingface_hub", "pyfuse3", "msgspec", "numpy"}
@@ -113,6 +114,16 @@ def test_listing_needs_nothing_of_the_network(tmp_path: Path) -> None:
     loaded = modules_after("--store", str(tmp_path / "store"), "ls")
     assert "lmdb" in loaded
     assert not loaded & {"trio", "httpx", "rich", "huggingface_hub", "pyfuse3"}
+
+
+def test_a_plan_of_a_known_model_needs_nothing_of_the_network(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_bytes(single(llama(1)))
+    at = ("--store", str(tmp_path / "store"))
+    assert main([*at, "import", str(tmp_path / "mine"), "--as", "me/mine"]) == 0
+    loaded = modules_after(*at, "plan", "me/mine")
+    assert "cakefs.engine.known.preview" in loaded
+    assert not loaded & {"trio", "httpx", "rich", "huggingface_hub", "pyfuse3", "numpy"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
