@@ -343,12 +343,15 @@ def leaves(segment: Segment) -> Sequence[Extent]:
 
 def is_safe_path(path: str) -> bool:
     """True for a relative `/`-separated path that stays below its directory and can be a file name everywhere."""
-    parts = path.split("/")
+    try:
+        encoded = path.encode()
+    except UnicodeEncodeError:  # a lone surrogate, as JSON and file names that are no UTF-8 bring in
+        return False
+    parts = encoded.split(b"/")
     return (
-        bool(path)
-        and "\0" not in path
-        and len(path.encode("utf-8", "surrogatepass")) < 4096
-        and all(p not in ("", ".", "..") and len(p.encode("utf-8", "surrogatepass")) < 256 for p in parts)
+        len(encoded) < 4096
+        and b"\0" not in encoded
+        and all(part not in (b"", b".", b"..") and len(part) < 256 for part in parts)
     )
 
 

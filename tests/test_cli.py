@@ -1,5 +1,6 @@
 """The command line without store, hub or mount: the table of commands, help, exit codes, what goes where."""
 
+import errno
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ from cakefs.cli import gc
 from cakefs.cli.main import COMMANDS, LogLines, build_parser, main
 from cakefs.cli.out import Out, counted, human_size, printable
 from cakefs.errors import CakeError, RemoteUnavailable, UserError
+from tests.models import llama, single
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"trio", "httpx", "lmdb", "rich", "huggingface_hub", "pyfuse3", "msgspec", "numpy"}
@@ -114,6 +116,16 @@ def test_listing_needs_nothing_of_the_network(tmp_path: Path) -> None:
     assert not loaded & {"trio", "httpx", "rich", "huggingface_hub", "pyfuse3"}
 
 
+def test_a_plan_of_a_known_model_needs_nothing_of_the_network(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_bytes(single(llama(1)))
+    at = ("--store", str(tmp_path / "store"))
+    assert main([*at, "import", str(tmp_path / "mine"), "--as", "me/mine"]) == 0
+    loaded = modules_after(*at, "plan", "me/mine")
+    assert "cakefs.engine.known.preview" in loaded
+    assert not loaded & {"trio", "httpx", "rich", "huggingface_hub", "pyfuse3", "numpy"}
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
@@ -199,6 +211,32 @@ def test_bug_is_one_line_and_a_traceback_with_debug(
     assert "Traceback" not in brief
     assert main(["gc", "--debug"]) == 70
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "says", "hint"),
+    [
+        (OSError(errno.EMFILE, "", "/some/file"), "Too many open files", "ulimit -n"),
+        (
+            ExceptionGroup("tasks", [CakeError("gone"), OSError(errno.ENOMEM, "")]),
+            "Cannot allocate memory",
+            "ulimit -v",
+        ),
+        (MemoryError(), "Cannot allocate memory", "ulimit -v"),
+    ],
+)
+def test_what_the_system_runs_out_of_is_no_bug(
+    error: Exception,
+    says: str,
+    hint: str,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(gc, "run", fail_with(error))
+    assert main(["gc"]) == CakeError.exit_code
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"error: {says}" and hint in said[1]
 
 
 @pytest.mark.parametrize(

@@ -85,11 +85,12 @@ def put_back(store: Path) -> Path | None:
         sync_file(copy)
     if data.exists():
         os.link(data, aside)
+        sync_directories([store])  # before its other name goes
     if copy.exists():
         os.replace(copy, data)
     else:
         data.unlink(missing_ok=True)
-    sync_directories([data.parent, store])
+    sync_directories([data.parent])
     return aside if aside.exists() else None
 
 

@@ -316,7 +316,7 @@ class Store:
     def confirming(self, identity: str) -> Iterator[None]:
         """Held by whoever hashes a whole upstream file: the others wait, and need not do it again."""
         place = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:7], "little")
-        with translated(f"lock {self.path}"), locked_place(self.path / "confirm.lock", place):
+        with locked_place(self.path / "confirm.lock", place):
             yield
 
     # Within

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from cakefs.errors import UserError
 from cakefs.model import COMPUTED, File, Literal, Manifest, Source, SpanKey, TensorInfo, View, leaves, without_query
 from cakefs.plan.derived import own_files
+from cakefs.plan.requests import ChunkRef, span_chunks
 from cakefs.plan.view import Bytes, parts_of, tensor_data
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.store import Store
@@ -207,6 +208,17 @@ def require_models(store: Store, names: Iterable[str]) -> None:
             near = get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "`cakefs ls` says what there is, `cakefs add` brings more"
             raise UserError(f"no model {name!r} here", hint=hint)
+
+
+def missing_chunks(store: Store, manifest: Manifest, span: int) -> list[ChunkRef]:
+    """What of a span is not in the store yet."""
+    key = manifest.key(span)
+    if store.has(key):
+        return []
+    content = store.content(key)
+    if content is None:
+        return list(span_chunks(span, 0, key.size))
+    return [ChunkRef(span, chunk) for chunk in content.missing(0, key.size)]
 
 
 def summarize_store(path: Path) -> StoreSummary:
