@@ -24,5 +24,6 @@ class Inline(Cakefs):
         ):
             code = main(arguments)
         assert not check or code == 0, f"cakefs {' '.join(arguments)}: {code}\n{err.getvalue()}"
-        assert "Traceback" not in err.getvalue(), err.getvalue()
-        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+        done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+        self.hear(done)
+        return done

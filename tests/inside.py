@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import os
-import re
 import subprocess
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -14,7 +13,7 @@ from unittest.mock import patch
 
 from cakefs.cli.main import main
 from tests.hub import Hub
-from tests.mounts import SURVIVED, Cakefs, write_config
+from tests.mounts import Cakefs, write_config
 
 
 class Inside(Cakefs):
@@ -37,8 +36,9 @@ class Inside(Cakefs):
         finally:
             root.handlers = handlers
         assert not check or code == 0, f"cakefs {' '.join(arguments)}: {code}\n{err.getvalue()}"
-        assert not re.search(SURVIVED, err.getvalue()), err.getvalue()
-        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+        done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+        self.hear(done)
+        return done
 
     def call(self, *arguments: object, code: int = 0) -> tuple[str, str]:
         """stdout and stderr of a command that is to end with this exit code."""

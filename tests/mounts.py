@@ -20,7 +20,7 @@ needs_fuse = pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), r
 
 # A bug that was survived, in whatever process, or a warning of Python: no program of ours should say such a thing.
 SURVIVED = r"Traceback|Exception ignored|never awaited|\w+Warning: "
-AMISS = re.compile(SURVIVED + r"|^([-\d]+ [\d:,]+ \d+ )?(WARNING|ERROR|CRITICAL) ")
+AMISS = re.compile(SURVIVED + r"|^([-\d]+ [\d:,]+ \d+ )?(WARNING|ERROR|CRITICAL) |^warning: ")
 # What a mount and its transfer processes say of an upstream that misbehaves.
 UPSTREAM = r"(WARNING|ERROR) (bytes \d+-\d+ of |cannot read |\S+ came wrong|sha256:\w+: the bytes do not have)"
 # What it says of a name that cannot be had.
@@ -59,8 +59,20 @@ class Cakefs:
             timeout=100,
         )
         assert not check or done.returncode == 0, f"cakefs {' '.join(arguments)}: {done.returncode}\n{done.stderr}"
-        assert not re.search(SURVIVED, done.stderr), done.stderr
+        self.hear(done)
         return done
+
+    def hear(self, done: "subprocess.CompletedProcess[str]") -> None:
+        """What a command said beside its result: no bug that it survived, and no warning that is not meant."""
+        assert not re.search(SURVIVED, done.stderr), done.stderr
+        for line in done.stderr.splitlines():
+            level, _, text = line.partition(": ")
+            if level == "warning" or (level == "error" and not done.returncode):
+                self.warned(text)
+
+    def warned(self, text: str) -> None:
+        """conftest.py looks up whether the test means that."""
+        print(f"warning: {text}", file=sys.stderr)
 
     def add_all(self, names: Iterable[str], **environment: str) -> None:
         """`cakefs add` of many, in one process: Python and imports take longer than each of them."""

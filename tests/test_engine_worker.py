@@ -1,16 +1,21 @@
 """What a transfer process asks of the network when others fill the same store."""
 
+import hashlib
+import os
 from pathlib import Path
 
 import pytest
 import trio
 
 from cakefs.engine.models.sources import UrlSource, default_name
-from cakefs.engine.transfer.messages import Arrived, Confirmed, Done, FetchJob, Idle, Report
+from cakefs.engine.transfer.messages import Arrived, Confirmed, Done, FetchJob, Idle, Report, Settings
+from cakefs.engine.transfer.network import Network
 from cakefs.engine.transfer.worker import Worker
 from cakefs.model import CHUNK, ByteRange, Locator, SpanKey
-from cakefs.remotes.base import Sink
+from cakefs.remotes.base import Sink, read
 from cakefs.store.store import Store
+from tests.fs_child import eventually
+from tests.hub import Hub
 
 DATA = b"".join(bytes([n]) * CHUNK for n in range(1, 6)) + b"end"
 KEY = SpanKey("sha256:file", 100, 100 + len(DATA))
@@ -107,6 +112,7 @@ def test_a_flush_right_behind_a_job_waits_for_it(tmp_path: Path, turn: int) -> N
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(worker.seal_forever)
+            nursery.start_soon(worker.confirm_forever)
             worker.start(nursery, JOB)
             worker.flush()
             with trio.fail_after(30):
@@ -119,3 +125,104 @@ def test_a_flush_right_behind_a_job_waits_for_it(tmp_path: Path, turn: int) -> N
         assert store.has(KEY)
     finally:
         store.close()
+
+
+@pytest.mark.parametrize("came", [DATA, b"\xff" + DATA[1:]], ids=["right", "wrong"])
+def test_a_file_is_confirmed_while_another_stalls(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, came: bytes
+) -> None:
+    identity, here = f"sha256:{hashlib.sha256(DATA).hexdigest()}", ByteRange(0, len(DATA))
+    job = FetchJob(8, Locator("https://server/other", here.stop), identity, 0, here.stop, ((0, here.stop),))
+    confirmed = trio.Event()
+    reports: list[Report] = []
+
+    class Stalling:
+        async def fetch(self, locator: Locator, span: ByteRange, sink: Sink) -> None:
+            if locator == FILE:
+                await trio.sleep_forever()
+            sink(came[span.start : span.stop])
+
+    def heard(report: Report) -> None:
+        if isinstance(report, Confirmed):
+            reports.append(report)
+            confirmed.set()
+
+    with Store.open(tmp_path / "store") as store:
+        worker = Worker(store, Stalling(), heard)
+
+        async def main() -> None:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(worker.seal_forever)
+                nursery.start_soon(worker.confirm_forever)
+                worker.start(nursery, JOB)
+                worker.start(nursery, job)
+                with trio.fail_after(30):
+                    await confirmed.wait()
+                nursery.cancel_scope.cancel()
+
+        trio.run(main)
+        assert reports == [Confirmed(identity, came == DATA)]
+        assert store.has(SpanKey(identity, 0, here.stop)) == (came == DATA)
+    assert ("came wrong" in caplog.text) == (came != DATA)
+
+
+# Connections
+
+WHOLE = ByteRange(0, len(DATA))
+
+
+def logged_in(times: int) -> Settings:
+    """Each time with another token."""
+    return Settings("", {"https://hub": f"hf_{times}"}, 30.0, 2)
+
+
+def sockets() -> set[str]:
+    """That this process has open."""
+    return {link for fd in os.listdir("/proc/self/fd") if (link := linked(fd)).startswith("socket:")}
+
+
+def linked(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except FileNotFoundError:  # that of the listing itself
+        return ""
+
+
+def test_another_token_leaves_no_connection_open(hub: Hub) -> None:
+    file = Locator(hub.plain("file", DATA), len(DATA))
+    open_now = list[int]()
+
+    async def main() -> None:
+        network = Network()
+        for turn in range(4):
+            remote = await network.remote(logged_in(turn))
+            assert await read(remote, file, WHOLE) == DATA
+            # The server's ends are of this process, too, and it closes them when it notices.
+            assert await trio.to_thread.run_sync(eventually, lambda: len(sockets()) <= min(open_now, default=1000))
+            open_now.append(len(sockets()))
+        await network.aclose()
+
+    trio.run(main)
+    assert hub.connections == 4
+
+
+def test_a_transfer_under_way_keeps_the_connection_it_began_with(hub: Hub) -> None:
+    file, got = Locator(hub.plain("file", DATA), len(DATA)), list[bytes]()
+    stalled = hub.fault("stall", after=CHUNK)
+
+    async def main() -> None:
+        network = Network()
+        remote = await network.remote(logged_in(0))
+
+        async def fetch() -> None:
+            got.append(await read(remote, file, WHOLE))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fetch)
+            await trio.to_thread.run_sync(eventually, lambda: stalled.hits)
+            await network.remote(logged_in(1))
+            stalled.release()
+        await network.aclose()
+
+    trio.run(main)
+    assert got == [DATA] and hub.connections == 1

@@ -1,5 +1,6 @@
 """`cakefs export` over a real hub: ordinary files, whole or not there, as the mount shows them or upstream has them."""
 
+import errno
 import hashlib
 import os
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -240,6 +242,27 @@ def test_two_at_once_on_one_file(tmp_path: Path) -> None:
     assert files_in(tmp_path) == {"x": b"abc"}
     long = tmp_path / ("ü" * 120)
     assert len(unfinished_path(long).name.encode()) < 200
+
+
+@pytest.mark.parametrize("by", ["kernel", "look"])
+def test_a_file_that_appears_at_the_last_moment_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """A file system that cannot rename without replacing says EINVAL; there a look just before has to do."""
+    target = tmp_path / "x"
+    if by == "look":
+        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: mock.Mock(renameat2=lambda *_: -1))
+        monkeypatch.setattr("ctypes.get_errno", lambda: errno.EINVAL)
+    first = Unfinished.open(target, 3)
+    first.put(0, memoryview(b"abc"))
+    monkeypatch.setattr("os.fsync", lambda fd: target.write_bytes(b"mine"))
+    with pytest.raises(UserError, match="appeared meanwhile"):
+        first.finish(replace=False)
+    assert target.read_bytes() == b"mine"
+    target.unlink()
+    monkeypatch.setattr("os.fsync", lambda fd: None)
+    first.finish(replace=False)
+    assert files_in(tmp_path) == {"x": b"abc"}
 
 
 @needs_root

@@ -262,7 +262,7 @@ def test_a_name_that_cannot_be_one(hub: Hub, repo: str) -> None:
 # -- answers that break their format -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a//b", "a/../../b", "nul\0.bin", "x" * 300, ""])
+@pytest.mark.parametrize("path", ["../x", "/etc/passwd", "a//b", "a/../../b", "nul\0.bin", "\udc80", "x" * 300, ""])
 def test_a_path_that_leaves_the_repository(hub: Hub, path: str) -> None:
     hub.add_repo("org/evil", {path: b"1"})
     assert "lists an unsafe path: " in failure(hub, InvalidFormat, "org/evil").message

@@ -1,13 +1,15 @@
-"""A mount that runs out of descriptors or memory, a clock that jumps: served or refused clearly, never wrong,
-and well again afterwards.
+"""A mount that runs out of descriptors or memory, a clock that jumps, a store that is read-only: served or refused
+clearly, never wrong, and well again afterwards.
 
-A full disk is in `test_faults_crash.py`, a quota and a store that is read-only in `test_store_open.py`.
+A full disk is in `test_faults_crash.py`, a quota in `test_store_open.py`.
 """
 
 import errno
 import os
+import re
 import resource
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +18,10 @@ from unittest import mock
 
 import pytest
 
+from cakefs.errors import UserError
 from cakefs.model import CHUNK, MIB
+from tests.disks import small_disk
+from tests.exporting import needs_root
 from tests.fs_child import eventually
 from tests.hub import Hub
 from tests.inline import Inline
@@ -157,3 +162,28 @@ def test_a_clock_that_jumps_by_years_changes_nothing_that_is_served(hub: Hub, tm
     assert [model["verified"] for model in cakefs.json("ls")] == [False, True, True]
     assert cakefs.run("verify").returncode == 0
     assert (cakefs.store / "backup/data.mdb").exists()
+
+
+@needs_root
+@needs_fuse
+def test_a_read_only_store_serves_what_it_has_and_refuses_the_rest_in_a_line(hub: Hub, tmp_path: Path) -> None:
+    has, lacks, unknown = NAMES[:3]
+    with small_disk(tmp_path / "disk", "40m") as disk:
+        cakefs = Inline(disk, hub.endpoint, CAKEFS_CONFIG=write_config(tmp_path, workers=1))
+        cakefs.provoking("Read-only file system", UPSTREAM).mountpoint = tmp_path / "models"
+        cakefs.environment["XDG_STATE_HOME"] = str(tmp_path / "state")
+        for command in (["add", has], ["pull", has], ["add", lacks]):
+            cakefs.run(*command)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        out = str(tmp_path / "out")
+        for command in (["ls"], ["show", has], ["export", has, out], ["hashes", has]):
+            assert cakefs.run(*command).stderr == ""
+        changes = ["add", unknown], ["pull", lacks], ["rm", has], ["gc"], ["evict", has], ["pin", has], ["import", out]
+        for command in (*changes, ["slice", has, "--layers", "0", "--as", "slice"], ["verify"], ["verify", "--repair"]):
+            done = cakefs.run(*command, check=False)
+            assert done.returncode == UserError.exit_code, f"{command}: {done.stderr}"
+            assert re.search("^error: .*read-only file system", done.stderr, re.I), f"{command}: {done.stderr}"
+        with cakefs.mounted():
+            assert read(cakefs, has) and not read(cakefs, lacks)
+            assert not (cakefs.mountpoint / unknown).exists()
+            assert read(cakefs, has)

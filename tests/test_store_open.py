@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import lmdb
@@ -291,6 +292,11 @@ def test_no_room_while_sealing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         assert store.seal([span]) == [span]
 
 
+def enter(context: AbstractContextManager[None]) -> None:
+    with context:
+        pass
+
+
 def test_a_read_only_store_serves_what_it_has(disk: Path) -> None:
     with Store.open(disk / "store", map_size=MAP_SIZE) as store:
         store.put_span(key("two", len(TWO)), TWO)
@@ -313,6 +319,11 @@ def test_a_read_only_store_serves_what_it_has(disk: Path) -> None:
             lambda: store.catalog.put_model(manifest("model")),
             lambda: store.drop_span(key("two", len(TWO))),
             lambda: store.sweep(),
+            lambda: enter(store.guard()),
+            lambda: enter(store.guard(exclusive=True)),
+            lambda: enter(store.evicting()),
+            lambda: enter(store.confirming("sha256:a")),
+            lambda: store.leased(),
         ]
         for attempt in attempts:
             with pytest.raises(UserError, match="ead-only"):

@@ -149,4 +149,4 @@ def _published(file: "RepoFile", base: str) -> Published:
     sound = isinstance(file.path, str) and type(file.size) is int and file.size >= 0
     if not sound or not re.fullmatch("(sha256|xet):[0-9a-f]{64}|git:[0-9a-f]{40}", identity):
         raise InvalidFormat(f"{base}: the list of files is malformed at {file.path!r}")
-    return Published(file.path, file.size, identity, f"{base}/{quote(file.path)}", sha256)
+    return Published(file.path, file.size, identity, base + "/" + quote(file.path, errors="surrogatepass"), sha256)

@@ -123,6 +123,13 @@ def sync_directories(paths: Sequence[Path]) -> None:
     sync_all([open_file(p, os.O_RDONLY | os.O_DIRECTORY) for p in paths], os.fsync)
 
 
+def make_directory(path: Path, mode: int = 0o777) -> None:
+    """With its parents, unless it is there; the names of those made are on the disk."""
+    made = [p for p in (path, *path.parents) if not p.exists()]
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    sync_directories([p.parent for p in made])
+
+
 def unlink(path: Path | str) -> None:
     """Removes a file that may be gone already."""
     with suppress(FileNotFoundError):
@@ -139,9 +146,10 @@ def try_lock(descriptor: Descriptor) -> bool:
 
 @contextmanager
 def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
-    """Holds the lock that `path` stands for; waits for it."""
-    holder = open_file(path, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(holder.fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+    """Holds the lock that `path` stands for; waits for it. Raises a CakeError where that cannot be had."""
+    with translated(f"lock {path}"):
+        holder = open_file(path, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(holder.fd, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     try:
         yield
     finally:
@@ -150,10 +158,11 @@ def locked(path: Path, *, shared: bool = False) -> Iterator[None]:
 
 @contextmanager
 def locked_place(path: Path, place: int) -> Iterator[None]:
-    """Holds one of the locks of which `path` has as many as there are numbers below 2**62; waits for it."""
-    holder = open_file(path, os.O_RDWR | os.O_CREAT)
-    # struct flock: type, whence, start, length, pid. Of the open file, not of the process: it excludes threads, too.
-    fcntl.fcntl(holder.fd, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
+    """As `locked`, one of the locks of which `path` has as many as there are numbers below 2**62."""
+    with translated(f"lock {path}"):
+        holder = open_file(path, os.O_RDWR | os.O_CREAT)
+        # struct flock: type, whence, start, length, pid. Of the open file, not of the process: so threads, too, wait.
+        fcntl.fcntl(holder.fd, fcntl.F_OFD_SETLKW, struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, place, 1, 0))
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cakefs.errors import UserError
 from cakefs.store.environment import NEW
-from cakefs.store.files import sync_directories, translated, unlink
+from cakefs.store.files import make_directory, sync_directories, translated, unlink
 
 FORMAT = 1
 _FORMAT_NAME = "cakefs-store"
@@ -37,7 +37,7 @@ def open_layout(path: Path, *, create: bool) -> None:
         for directory in absent:
             directory.mkdir(mode=0o700, exist_ok=True)
         if absent:
-            sync_directories([path])
+            sync_directories([path])  # of a new store the format file's name, too
 
 
 def sweep_layout(path: Path) -> None:
@@ -58,8 +58,7 @@ def _check_format(path: Path, text: bytes) -> None:
 
 
 def _write_format(path: Path) -> None:
-    made = [p for p in (path, *path.parents) if not p.exists()]
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_directory(path, 0o700)
     # Others may be making the same store right now: their temporary files are not strange.
     if any(n not in ("format", *_DIRECTORIES) and not n.startswith(_NEW) for n in os.listdir(path)):
         raise UserError(f"{path} is not empty and not a cakefs store", hint="name an empty directory in CAKEFS_STORE")
@@ -71,4 +70,3 @@ def _write_format(path: Path) -> None:
         os.fsync(file.fileno())
     with suppress(FileNotFoundError):  # swept by somebody, for whom the store was made already
         os.replace(temporary, path / "format")
-    sync_directories([path, *(p.parent for p in made)])

@@ -55,7 +55,7 @@ class Lease:
 
 
 def new_lease(run: Path) -> Lease:
-    with translated(f"make a lease in {run}"), locked(_lock_path(run)):
+    with locked(_lock_path(run)), translated(f"make a lease in {run}"):
         directory = run / secrets.token_hex(8)
         directory.mkdir(mode=0o700)
         return Lease(directory)
@@ -64,7 +64,7 @@ def new_lease(run: Path) -> Lease:
 def leased(run: Path) -> set[str]:
     """The manifests that living processes hold; removes the leases of dead ones."""
     held: set[str] = set()
-    with translated(f"read the leases in {run}"), locked(_lock_path(run)):
+    with locked(_lock_path(run)), translated(f"read the leases in {run}"):
         for directory in run.iterdir():
             if _is_alive(directory):
                 held.update(name for name in os.listdir(directory) if name != _LOCK)
@@ -74,7 +74,7 @@ def leased(run: Path) -> set[str]:
 
 
 def any_alive(run: Path) -> bool:
-    with translated(f"read the leases in {run}"), locked(_lock_path(run)):
+    with locked(_lock_path(run)), translated(f"read the leases in {run}"):
         return any(map(_is_alive, run.iterdir()))
 
 

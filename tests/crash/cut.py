@@ -3,13 +3,14 @@
 A disk is held to what POSIX promises and to no more. Bytes are kept once their file was synced (or came through
 O_DSYNC), names once their directory was. Of everything later any part may be there: of a file any of its 4 KiB blocks,
 each as it was after any of the writes to it, in any length that it had; of names any that do not depend on a name that
-is absent. A state is drawn with `Dice`.
+is absent. A state is drawn with `Dice`, or is all but one `Loss`.
 """
 
 import os
 import random
+import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -70,6 +71,7 @@ class Inode:
         self.now = bytearray(data)
         self.sizes = [len(data)]  # that it may have; the first is on the disk
         self.blocks: dict[int, list[bytes]] = {}  # what they may be; the first is on the disk
+        self.fresh = not data  # never synced
 
     def write(self, offset: int, data: bytes, *, durable: bool) -> None:
         stop = offset + len(data)
@@ -94,17 +96,21 @@ class Inode:
         self.sizes.append(size)
 
     def sync(self) -> None:
-        self.sizes, self.blocks = [len(self.now)], {}
+        self.sizes, self.blocks, self.fresh = [len(self.now)], {}, False
 
-    def draw(self, dice: "Dice") -> bytes:
+    @property
+    def dirty(self) -> bool:
+        return bool(self.blocks) or len(self.sizes) > 1
+
+    def draw(self, dice: "Dice | Loss") -> bytes:
         """The bytes that a cut leaves."""
-        size = dice.one_of(self.sizes)
+        size = dice.size_of(self)
         data = bytearray(self.now[:size])
         data.extend(bytes(size - len(data)))
         for block, versions in self.blocks.items():
             at = block * BLOCK
             if at < size:
-                data[at : at + BLOCK] = dice.one_of(versions).ljust(BLOCK, b"\0")[: size - at]
+                data[at : at + BLOCK] = dice.block_of(self, versions).ljust(BLOCK, b"\0")[: size - at]
         return bytes(data)
 
     def _block(self, block: int) -> bytes:
@@ -124,13 +130,37 @@ class Dice:
         self._data = data
         self._random = random.Random(seed)
 
-    def one_of(self, versions: list[T]) -> T:
+    def size_of(self, inode: Inode) -> int:
+        return self._one_of(inode.sizes)
+
+    def block_of(self, inode: Inode, versions: list[bytes]) -> bytes:
+        return self._one_of(versions)
+
+    def happened(self, change: "Names") -> bool:
+        return self._random.random() < self.names
+
+    def _one_of(self, versions: list[T]) -> T:
         if self._data in (0, 1):
             return versions[-int(self._data)]
         return self._random.choice(versions)
 
-    def happened(self) -> bool:
-        return self._random.random() < self.names
+
+class Loss:
+    """All is there but what some syncs would have kept: bytes of files, which are as large as they were and have zeros
+    or old bytes, and names of directories."""
+
+    def __init__(self, inodes: list[Inode], directories: set[str]) -> None:
+        self._inodes = {id(inode) for inode in inodes}
+        self._directories = directories
+
+    def size_of(self, inode: Inode) -> int:
+        return inode.sizes[-1]
+
+    def block_of(self, inode: Inode, versions: list[bytes]) -> bytes:
+        return versions[0 if id(inode) in self._inodes else -1]
+
+    def happened(self, change: "Names") -> bool:
+        return self._directories.isdisjoint(map(os.path.dirname, change))
 
 
 DIRECTORY = "directory"
@@ -196,11 +226,24 @@ class Disk:
                 self.kept |= change
         self.pending = left[::-1]
 
-    def draw(self, dice: Dice) -> State:
+    def kept_by(self, syncs: list[Entry]) -> Loss | None:
+        """What these keep; None for nothing, or no more than a commit of LMDB, which knows how to sync. The first sync
+        of a new catalog is ours."""
+        inodes = [self._by_number[e.inode] for e in syncs if e.op is Op.SYNC and e.inode in self._by_number]
+        directories = {e.one for e in syncs if e.op is Op.SYNC_DIRECTORY}
+        names = [name for change in self.pending for name in change if os.path.dirname(name) in directories]
+        catalog = self.now.get("store/catalog/data.mdb")
+        dirty = [inode for inode in inodes if inode.dirty and (inode.fresh or inode is not catalog)]
+        return Loss(dirty, directories) if dirty or names else None
+
+    def names_of(self, inode: int) -> list[str]:
+        return [name for name, what in self.now.items() if what is self._by_number.get(inode, DIRECTORY)]
+
+    def draw(self, dice: Dice | Loss) -> State:
         """What a cut at this moment leaves."""
         names, lost = dict(self.kept), set[str]()
         for change in self.pending:
-            if lost.isdisjoint(change) and dice.happened():
+            if lost.isdisjoint(change) and dice.happened(change):
                 names |= change
             else:
                 lost |= change.keys()  # What came later to the same name cannot be there without it.
@@ -216,8 +259,51 @@ class Disk:
         return state
 
 
-def states(disk: Disk, record: Iterable[Entry], seed: int) -> Iterator[tuple[int, bool, State]]:
-    """What a cut may leave, before each sync and at the end: the number of the entry, whether the mark was passed.
+class Cut(NamedTuple):
+    """Attributes:
+    before: The number of the entry.
+    done: Whether the mark was passed.
+    lost: Names of what is lost, where that is one thing.
+    """
+
+    before: int
+    done: bool
+    lost: str
+    state: State
+
+
+def losses(disk: Disk, record: Sequence[Entry]) -> Iterator[Cut]:
+    """A cut before each sync, or several without anything between them, that leaves all but what these keep; those of
+    the like of what was lost already are left out. At the end a cut that leaves only what must be there.
+
+    So a sync that is missing from what was recorded shows: either another one keeps later what it would have kept, and
+    all that relies on it is there when that is lost; or none does, and it is lost at the end.
+    """
+    done, seen, at = False, set[str](), 0
+    while at < len(record):
+        stop = at
+        while stop < len(record) and record[stop].op in (Op.SYNC, Op.SYNC_DIRECTORY):
+            stop += 1
+        syncs = list(record[at:stop])
+        if syncs and (loss := disk.kept_by(syncs)) is not None:
+            lost = " ".join(sorted({_kind(e.one or next(iter(disk.names_of(e.inode)), "")) for e in syncs}))
+            if lost not in seen:
+                seen.add(lost)
+                yield Cut(at, done, lost, disk.draw(loss))
+        for entry in record[at : max(stop, at + 1)]:
+            disk.apply(entry)
+            done |= entry.op is Op.MARK
+        at = max(stop, at + 1)
+    yield Cut(at, done, "", disk.draw(Dice(0, 0, 0)))
+
+
+def _kind(name: str) -> str:
+    """A name without what is another in each run."""
+    return re.sub(r"\b[0-9a-f]{2}\b|[0-9a-f]{8,}", "*", name)
+
+
+def states(disk: Disk, record: Iterable[Entry], seed: int) -> Iterator[Cut]:
+    """What a cut may leave, before each sync and at the end.
 
     The last is what is left at the end when nothing was kept but what had to be: all that was said to be done is in it.
     """
@@ -228,7 +314,7 @@ def states(disk: Disk, record: Iterable[Entry], seed: int) -> Iterator[tuple[int
                 state = disk.draw(dice)
                 if (known := hash((done, *state.items()))) not in seen:
                     seen.add(known)
-                    yield number, done, state
+                    yield Cut(number, done, "", state)
         if entry is not None:
             disk.apply(entry)
             done |= entry.op is Op.MARK

@@ -1,5 +1,7 @@
 """A store as one run of a scenario uses it, what is published, and what must hold of the store after a crash."""
 
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
@@ -13,6 +15,8 @@ from cakefs.engine.read import FileReader
 from cakefs.engine.serve.library import Library
 from cakefs.errors import CakeError, RemoteUnavailable
 from cakefs.model import CHUNK, View
+from cakefs.store.backup import check, copy_path
+from cakefs.store.catalog import Catalog
 from cakefs.store.content import Outcome
 from cakefs.store.store import Store
 from tests.inline import Inline
@@ -72,12 +76,28 @@ class Place(Inline):
         with Store.open(self.store, create=False) as store:
             return set(store.catalog.models())
 
+    def copied(self) -> set[str]:
+        """The models in the copy of the catalog, which is whole where there is one."""
+        copy = copy_path(self.store)
+        if not copy.exists():
+            return set()
+        assert copy.stat().st_size, "a copy of the catalog without a byte"
+        with tempfile.TemporaryDirectory(dir=self.directory.parent) as directory:  # LMDB writes beside what it opens
+            shutil.copy(copy, directory)
+            check(Path(directory))
+            catalog = Catalog.open(Path(directory))
+            try:
+                return set(catalog.models())
+            finally:
+                catalog.close()
+
     def pulled(self, *names: str) -> bool:
         """Whether all bytes of these can be had offline."""
         return set(names) <= self.names() and not self.missing(names)
 
     def keeps(self, names: Iterable[str], *, whole: bool) -> bool:
-        return self.pulled(*names) if whole else set(names) <= self.names()
+        names = tuple(names)  # Where there are none there may be no store.
+        return not names or (self.pulled(*names) if whole else set(names) <= self.names())
 
     def missing(self, names: Iterable[str]) -> int:
         """Chunks of what these show that are not here; raises AssertionError for a wrong byte."""

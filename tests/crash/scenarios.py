@@ -14,6 +14,7 @@ import msgspec
 import trio
 
 from cakefs.engine import jobs
+from cakefs.engine.recover import recover
 from cakefs.engine.transfer import worker
 from cakefs.engine.transfer.messages import (
     Arrived,
@@ -28,10 +29,11 @@ from cakefs.engine.transfer.messages import (
     frame,
     job_chunks,
 )
-from cakefs.model import ByteRange, Locator
+from cakefs.model import ByteRange, Locator, SpanKey
 from cakefs.remotes.http import HttpRemote
 from cakefs.store.store import Store
 from tests.crash.place import LARGE, ONE, TWO, WEIGHTS, Place, published, shown
+from tests.crash.shim import mark
 from tests.exporting import files_in
 from tests.store_child import flip
 
@@ -40,7 +42,9 @@ class Scenario(NamedTuple):
     """Attributes:
     done: Whether it was done, for good.
     prepare: After the base was copied, before the crash.
-    keeps: What is shown all the while, and is whole all the while on a base that is.
+    keeps: What is shown all the while, and is whole all the while on a base that is; also what the copy of the catalog
+        has.
+    damaged: The store begins damaged, so that errors are what may be told.
     """
 
     base: str
@@ -48,6 +52,7 @@ class Scenario(NamedTuple):
     done: Callable[[Place], bool]
     prepare: Callable[[Place], object] = lambda place: None
     keeps: tuple[str, ...] = ()
+    damaged: bool = False
 
 
 def command(*arguments: str) -> Callable[[Place], object]:
@@ -183,6 +188,31 @@ def repair(place: Place) -> None:
             jobs.verify(store, store.catalog.manifest(record.manifest), lambda size: None, repair=True)
 
 
+def break_catalog(place: Place) -> None:
+    """Both pages that a catalog begins with."""
+    with (place.store / "catalog/data.mdb").open("r+b") as file:
+        file.write(bytes(2 * 4096))
+
+
+def recovered(place: Place) -> bool:
+    return set(ALL) <= place.names() and any(place.store.glob("catalog-broken-*.mdb"))
+
+
+SPANS = [(SpanKey("sha256:stored", 0, size), bytes([7]) * size) for size in (100, 10_000)]
+
+
+def put(place: Place) -> None:
+    """Into a store that is made for it; it is done when it is said to be, and not when the store is closed."""
+    with Store.open(place.store) as store:
+        store.put_spans(SPANS)
+        mark("put")
+
+
+def has(place: Place) -> bool:
+    with Store.open(place.store, create=False) as store:
+        return all(store.has(key) for key, _ in SPANS)
+
+
 def exported(place: Place) -> bool:
     return files_in(place.out) == dict(shown()[TWO])
 
@@ -204,6 +234,8 @@ SCENARIOS = {
     "export": Scenario("pulled", command("export", TWO, "{out}", "--reflink", "never"), exported, keeps=ALL),
     "mend": Scenario("pulled", fetch, pulled(LARGE), rot, (ONE, TWO)),
     "repair": Scenario("pulled", repair, shows(*ALL), damage),
+    "put": Scenario("empty", put, has),
+    "recover": Scenario("added", lambda place: recover(place.store), recovered, break_catalog, ALL, damaged=True),
 }
 
 

@@ -346,6 +346,11 @@ int renameat(int d, const char *from, int e, const char *to) {
   NAMING(REAL(renameat)(d, from, e, to), RENAME, d, from, AND(e, to));
 }
 
+DECLARE(int, renameat2, int, const char *, int, const char *, unsigned);
+int renameat2(int d, const char *from, int e, const char *to, unsigned flags) {
+  NAMING(REAL(renameat2)(d, from, e, to, flags), RENAME, d, from, AND(e, to));
+}
+
 DECLARE(int, link, const char *, const char *);
 int link(const char *from, const char *to) { NAMING(REAL(link)(from, to), LINK, AT_FDCWD, from, AND(AT_FDCWD, to)); }
 

@@ -73,7 +73,7 @@ def walk(top: Path, skip: Callable[[str, str], None]) -> dict[str, Path]:
             relative = path.relative_to(top).as_posix()
             if name.startswith("."):
                 continue
-            if not is_safe_path(relative) or not _is_text(relative):
+            if not is_safe_path(relative):
                 skip(str(path), "its name cannot be shown")
                 continue
             found[relative] = path
@@ -85,11 +85,3 @@ def walk(top: Path, skip: Callable[[str, str], None]) -> dict[str, Path]:
 def unreadable(skip: Callable[[str, str], None]) -> Callable[[OSError], None]:
     """For `os.walk`: a directory that cannot be read is told, not passed over."""
     return lambda error: skip(str(error.filename), str(error.strerror))
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

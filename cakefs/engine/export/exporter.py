@@ -35,7 +35,7 @@ from cakefs.errors import CorruptData, UserError
 from cakefs.model import MIB, ByteRange, File, Manifest
 from cakefs.plan.export import shareable, upstream_of
 from cakefs.plan.ranges import subtract
-from cakefs.store.files import holds_bytes
+from cakefs.store.files import holds_bytes, make_directory
 from cakefs.store.store import Store
 
 _CLONES = 256  # Between two looks at what else there is to do.
@@ -123,7 +123,7 @@ class Exporter:
         """
         shown = as_shown(self._store, self._manifest, wish.file)
         with reported(wish.path):
-            wish.path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(wish.path.parent)
         form = await self._laid_out(shown, wish.path)
         done = await self._fill(wish.path, form, progress) if form is not None else None
         if done is None:

@@ -4,19 +4,22 @@ What an interrupted process left is taken up without trusting it: a block that a
 again. So nothing needs to be noted on the way, and a kill, a full disk or a power cut leaves what the next run checks.
 """
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cakefs.errors import CakeError, StoreFull, UserError
 from cakefs.store.files import Descriptor, holds_bytes, open_file, sync_directories, write_full
 
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
+_RENAME_NOREPLACE = 1  # linux/fs.h
+_AT_FDCWD = -100
 _NAME_BYTES = 100  # Of the target's name in that of the unfinished file: both must fit into 255.
 
 
@@ -77,11 +80,12 @@ class Unfinished:
     def finish(self, *, replace: bool) -> None:
         """All of it is written: puts it in its place, durably. Raises UserError for a file there, unless `replace`."""
         with reported(self.path):
-            if not replace and os.path.lexists(self.path):
-                raise UserError(f"{self.path} has appeared meanwhile", hint="--force to replace it")
             os.ftruncate(self._fd, self._size)
             os.fsync(self._fd)
-            os.replace(unfinished_path(self.path), self.path)
+            if replace:
+                os.replace(unfinished_path(self.path), self.path)
+            else:
+                self._rename_new()
             sync_directories([self.path.parent])
         self.close()
 
@@ -94,11 +98,31 @@ class Unfinished:
     def close(self) -> None:
         self._file = None
 
+    def _rename_new(self) -> None:
+        try:
+            rename_new(unfinished_path(self.path), self.path)
+        except FileExistsError:
+            raise UserError(f"{self.path} has appeared meanwhile", hint="--force to replace it") from None
+
     @property
     def _fd(self) -> int:
         if self._file is None:
             raise ValueError(f"{self.path} is closed")
         return self._file.fd
+
+
+def rename_new(source: Path, target: Path) -> None:
+    """Raises FileExistsError when the target exists: the kernel looks and renames at once, so that no file is replaced
+    that appears in between. Some file systems cannot (EINVAL); there the look comes first."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with suppress(AttributeError):  # an old C library
+        if not libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
+            return
+        if (code := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(code, os.strerror(code), str(target))
+    if os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    os.rename(source, target)
 
 
 def block_size(path: Path) -> int:

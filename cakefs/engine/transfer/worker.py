@@ -11,9 +11,11 @@ import math
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import trio
@@ -22,7 +24,6 @@ from cakefs.engine.tasks import in_background
 from cakefs.engine.transfer import confirm
 from cakefs.engine.transfer.confine import confine
 from cakefs.engine.transfer.messages import (
-    SPARE_CONNECTIONS,
     Arrived,
     Confirmed,
     Done,
@@ -38,21 +39,19 @@ from cakefs.engine.transfer.messages import (
     frame,
     job_chunks,
 )
+from cakefs.engine.transfer.network import Network
 from cakefs.engine.transfer.quota import Quota
 from cakefs.engine.transfer.repeats import Repeats
 from cakefs.errors import CakeError, StoreFull
 from cakefs.model import CHUNK, INLINE_LIMIT, ByteRange, SpanKey
 from cakefs.remotes.answers import shown
 from cakefs.remotes.base import Remote
-from cakefs.remotes.files import Files
-from cakefs.remotes.http import CONNECT_S, IDLE_S, HttpRemote
-from cakefs.remotes.wrap import Limit, Log, Retry
 from cakefs.store.content import Outcome
 from cakefs.store.store import Store
 
 log = logging.getLogger(__name__)
 
-CLOSE_S = 2.0
+SWEPT_LIMIT = 4096
 SEAL_BATCH = 256  # Spans sealed in one transaction: bounds how long a finished tensor waits for its neighbours.
 
 
@@ -98,6 +97,13 @@ def runs(indices: Iterable[int]) -> list[range]:
     return found
 
 
+class Touched(NamedTuple):
+    """An upstream file of which something came. Attributes: url: Where from, for the log; empty where nothing did."""
+
+    size: int
+    url: str = ""
+
+
 class Worker:
     """The state of one transfer process: a store, a remote, and what waits to be sealed."""
 
@@ -109,14 +115,12 @@ class Worker:
         self._report = report
         self._quota = quota or Quota(store, 0, 0.0)
         self._to_seal: list[SpanKey] = []
-        self._touched: dict[
-            str, int
-        ] = {}  # identity -> file size, with news since it was last looked at for completeness
-        self._urls: dict[str, str] = {}  # identity -> where it came from, for the log
+        self._touched: dict[str, Touched] = {}  # by identity, with news since it was last looked at for completeness
         self._swept: set[str] = set()  # identities whose leftovers of earlier processes have been sealed
         self._buffers: list[memoryview] = []  # free ones, as many as there were fetches at once
-        self._fetching = 0
+        self._fetching = Counter[str]()  # jobs, by identity
         self._work = trio.Event()
+        self._sealed = trio.Event()
         self._flushing = False
 
     def use(self, remote: Remote) -> None:
@@ -125,7 +129,7 @@ class Worker:
 
     def start(self, nursery: trio.Nursery, job: FetchJob) -> None:
         """Counts it at once: a flush that comes behind it must wait for it, though its task has not run yet."""
-        self._fetching += 1
+        self._fetching[job.identity] += 1
         nursery.start_soon(self._run, job)
 
     async def _run(self, job: FetchJob) -> None:
@@ -135,9 +139,8 @@ class Worker:
         except CakeError as error:
             self._report(failure(job.id, error))
         finally:
-            self._fetching -= 1
-            self._touched[job.identity] = job.locator.size
-            self._urls[job.identity] = job.locator.url
+            self._fetching -= Counter([job.identity])  # which forgets those of which there are none
+            self._touched[job.identity] = Touched(job.locator.size, job.locator.url)
             self._work.set()
 
     async def _fetch(self, job: FetchJob) -> None:
@@ -208,7 +211,7 @@ class Worker:
 
     def look(self, request: Look) -> None:
         if not self._store.catalog.readonly:
-            self._touched[request.identity] = request.size
+            self._touched.setdefault(request.identity, Touched(request.size))
             self._work.set()
 
     def flush(self) -> None:
@@ -221,11 +224,18 @@ class Worker:
             await self._work.wait()
             self._work = trio.Event()
             await self.seal_pending()
-            if not self._fetching and not self._to_seal:
-                await self._confirm_complete()
-                if self._flushing:
-                    self._flushing = False
-                    self._report(Idle())
+            self._sealed.set()
+
+    async def confirm_forever(self) -> None:
+        """Beside the sealing, as a large file takes minutes. A file does not wait for others that are being fetched:
+        one that stalls, or a mount that is never idle, must not leave wrong bytes undiscovered."""
+        while True:
+            await self._sealed.wait()
+            self._sealed = trio.Event()
+            await self._confirm_complete()
+            if self._flushing and not (self._fetching or self._to_seal or self._touched):
+                self._flushing = False
+                self._report(Idle())
 
     async def seal_pending(self) -> None:
         while self._to_seal:
@@ -239,22 +249,28 @@ class Worker:
             del self._to_seal[: len(batch)]
 
     async def _confirm_complete(self) -> None:
-        touched, self._touched = self._touched, {}
+        changing = self._fetching.keys() | {key.identity for key in self._to_seal}
+        touched = {identity: file for identity, file in self._touched.items() if identity not in changing}
+        for identity in touched:
+            del self._touched[identity]
         try:
             await self._seal_leftovers(touched.keys() - self._swept)
-            for identity, size in touched.items():
-                outcome = await in_background(confirm.confirm_source, self._store, identity, size)
-                if outcome is False and identity in self._urls:
-                    log.error("%s came wrong, and is fetched again", shown(self._urls[identity]))
+            for identity, file in touched.items():
+                outcome = await in_background(confirm.confirm_source, self._store, identity, file.size)
+                if outcome is False and file.url:
+                    log.error("%s came wrong, and is fetched again", shown(file.url))
                 if outcome is not None:
                     self._report(Confirmed(identity, outcome))
-            await in_background(self._store.keep_copy)
+            if not (self._fetching or self._to_seal):
+                await in_background(self._store.keep_copy)
         except CakeError as error:
             log.warning("cannot confirm what was fetched: %s", error.message)
 
     async def _seal_leftovers(self, identities: set[str]) -> None:
         """What was complete but not sealed when an earlier process ended; once for each file."""
         if identities:
+            if len(self._swept) > SWEPT_LIMIT:
+                self._swept.clear()  # To look again costs a listing, no more.
             self._swept |= identities
             keys = [key for key, _ in self._store.partials() if key.identity in identities]
             await in_background(self._store.seal, keys)
@@ -283,10 +299,11 @@ async def _serve() -> None:
                         store = Store.open(Path(request.store), create=False)
                         confine(store.path)
                         quota = Quota(store, request.limit, request.spared_since)
-                        worker = Worker(store, network.remote(request), outbox.send_nowait, quota)
+                        worker = Worker(store, await network.remote(request), outbox.send_nowait, quota)
                         nursery.start_soon(worker.seal_forever)
+                        nursery.start_soon(worker.confirm_forever)
                     elif worker is not None and isinstance(request, Settings):
-                        worker.use(network.remote(request))
+                        worker.use(await network.remote(request))
                     elif worker is not None and isinstance(request, FetchJob):
                         worker.start(nursery, request)
                     elif worker is not None and isinstance(request, Look):
@@ -301,27 +318,6 @@ async def _serve() -> None:
     if worker is not None:
         with trio.CancelScope(deadline=trio.current_time() + 10):
             await worker.seal_pending()
-
-
-class Network:
-    """The network as a transfer process uses it: connections that are kept, and closed at the end."""
-
-    def __init__(self) -> None:
-        self._https: list[HttpRemote] = []
-
-    def remote(self, settings: Settings) -> Remote:
-        """With these tokens; transfers under way keep those they began with."""
-        budget_s = settings.read_timeout_s
-        # So short that a second try fits in, and that the log tells what was waited for.
-        connect_s, idle_s = min(CONNECT_S, budget_s / 3), min(IDLE_S, budget_s / 2)
-        self._https.append(HttpRemote(tokens=settings.tokens, connect_s=connect_s, idle_s=idle_s))
-        at_once = settings.connections + SPARE_CONNECTIONS
-        return Files(Retry(Limit(Log(self._https[-1]), at_once), budget_s=budget_s))
-
-    async def aclose(self) -> None:
-        with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSE_S):
-            for http in self._https:
-                await http.aclose()
 
 
 def main() -> None:

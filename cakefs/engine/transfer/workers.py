@@ -14,6 +14,7 @@ log = logging.getLogger(__name__)
 
 RESTART_DELAY_S = 0.2  # Doubles with every start that brought no report, up to the limit below.
 RESTART_DELAY_LIMIT_S = 10.0
+KNOWN_LIMIT = 4096  # Upstream files; a process remembers the way to about as many.
 CLOSE_TIMEOUT_S = 15.0  # A worker seals what is complete before it goes; then it is killed.
 
 
@@ -50,6 +51,8 @@ class WorkerProcess:
 
     def submit(self, job: FetchJob) -> None:
         self.jobs[job.id] = job
+        if len(self.knows) >= KNOWN_LIMIT:
+            self.knows.clear()
         self.knows.add(job.identity)
         self._to_send.send_nowait(job)
 
