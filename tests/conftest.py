@@ -43,6 +43,7 @@ _ABSENT = "is not added on demand: "
 PROVOKED = {
     "test_api": f"{_UPSTREAM}|{_ABSENT}",
     "test_cli_e2e": f"{_STORE}|{_UPSTREAM}|{_FULL}",
+    "test_corruption": _STORE,
     "test_demand": _ABSENT,
     "test_engine": f"{_UPSTREAM}|{_FULL}|a transfer process ended",
     "test_engine_worker": _STORE,

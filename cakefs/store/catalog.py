@@ -46,6 +46,7 @@ TABLES = {
     **_BORROWED_TABLES,
     **distances.TABLES,
 }
+REQUIRED = ("meta", "models", "manifests", "identities", "spans", "refs", "blobs", "verified")
 
 _LONGEST_KEY = 511  # LMDB's limit
 _BLOB = struct.Struct("<QI")
@@ -96,7 +97,7 @@ class Catalog:
 
     @classmethod
     def open(cls, directory: Path, *, map_size: int = MAP_SIZE) -> "Catalog":
-        return cls(Environment.open(directory, TABLES, map_size=map_size))
+        return cls(Environment.open(directory, TABLES, REQUIRED, map_size=map_size))
 
     def close(self) -> None:
         self._env.close()
@@ -118,15 +119,25 @@ class Catalog:
         """Into an empty directory."""
         self._env.copy(directory)
 
-    def walk(self) -> None:
-        """Touches every row, and makes sense of those that all else hangs on. Raises CorruptData."""
-        self._env.walk()
+    def walk(self) -> bytes:
+        """Touches every row, and makes sense of those that all else hangs on. Returns: a hash of them all. Raises
+        CorruptData."""
+        rows = self._env.walk()
         self.listing()
         self.blobs()
         self.models()
         with self._read() as txn:
             for id in txn.cursor(self._env.table["manifests"]).iternext(values=False):
                 self._encoded(txn, str(id, "ascii"))
+        return rows
+
+    def copy_file(self, directory: Path) -> None:
+        """As `Environment.copy_file`."""
+        self._env.copy_file(directory)
+
+    def rewrite(self) -> None:
+        """As `Environment.rewrite`."""
+        self._env.rewrite()
 
     # Models and manifests
 
