@@ -6,6 +6,7 @@ opaque file), the named *tensors*, and the *files* shown, each a gap-free list o
 HTTP's inclusive form exists only in `remotes/http.py`.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Annotated, NamedTuple, TypeVar
@@ -71,12 +72,21 @@ class Locator(Struct, frozen=True, array_like=True):
     validator: str = ""
 
 
+_QUERY = re.compile(r'\?.*?(?=\|"[^"]+"$|\|\d+\|[^|]*$|$)')
+
+
+def without_query(text: str) -> str:
+    """A URL, or an identity that has one in it, as others may see it: its query may be a signature."""
+    return _QUERY.sub("", text, count=1)
+
+
 class Source(Struct, frozen=True, array_like=True):
     """One upstream file.
 
     Attributes:
         path: As published, `/`-separated, relative to the repository.
-        identity: What names its content: `sha256:…` (LFS), `xet:…`, `git:…` (blob id), else `etag:…` with the URL.
+        identity: What names its content: `sha256:…` (LFS), `xet:…`, `git:…` (blob id), else `etag:URL|ETAG`, else
+            `url:URL|SIZE|DATE`.
         locator: Where to fetch it.
         sha256: Published SHA-256 of the whole file in hex, or empty; confirmed once every byte is local.
     """

@@ -1,6 +1,7 @@
 """The command line without store, hub or mount: the table of commands, help, exit codes, what goes where."""
 
 import errno
+import io
 import json
 import logging
 import os
@@ -17,33 +18,63 @@ from cakefs.cli import gc
 from cakefs.cli.main import COMMANDS, LogLines, build_parser, main
 from cakefs.cli.out import Out, counted, human_size, printable
 from cakefs.errors import CakeError, RemoteUnavailable, UserError
+from tests.models import llama, single
 
 ROOT = Path(__file__).parent.parent
 HEAVY = {"trio", "httpx", "lmdb", "rich", "huggingface_hub", "pyfuse3", "msgspec", "numpy"}
 KINDS = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, CakeError)]
 
-# CLI.md, as far as it is built.
+# What other programs may rely on: nothing of it is renamed.
 CONTRACT = [
     "mount",
-    "mount M -f --offline --allow-other",
+    "mount M",
+    "mount M -f --offline --no-on-demand --limit 200GB --allow-other",
     "mount --foreground M",
+    "mount --metrics 127.0.0.1:9400",
     "umount",
     "umount M",
-    "add org/name --as N --revision R --update",
+    "add org/name",
+    "add org/name@rev --as N",
+    "add https://h/x.gguf --revision R --update",
     "ls --json",
     "show M --tensors --json",
-    "pull M --files *.json --files a",
-    "status --json --watch",
+    "plan M --layers 0-15,20 --json",
+    "pull M",
+    "pull M --layers 0-3,8-11 --files *.json --files a",
+    "diff A B --json",
+    "compare A B --tensor N --json",
+    "slice M --layers 0-15,20 --as N --with-embeddings --with-head",
+    "merge R.yml --as N",
+    "merge M --ratio-repeat 0:.3,.2:.4,.4:1 --as N",
+    "merge M --repeat-map 0,1,2,1,2,3 --as N",
+    "export M D",
+    "export M D --reflink auto --file N",
+    "export M D --reflink always",
+    "export M D --reflink never",
+    "import hub-cache",
+    "import ollama --copy",
+    "import ./directory --copy",
+    "hashes M",
+    "hashes --import F",
+    "hashes --import https://h/hashes.json M",
     "verify",
     "verify M --repair",
+    "pin M",
+    "unpin M",
     "rm M",
+    "gc",
     "gc --dry-run",
-    "doctor",
-    "mount --limit 1GB --no-on-demand --metrics 127.0.0.1:9400",
+    "evict M",
     "evict M --dry-run",
-    "export M D",
+    "status --json --watch",
+    "report -o F.html",
+    "report A B -o F.html",
+    "doctor",
     "service install",
+    "service uninstall",
+    "service status",
     "service logs --follow",
+    "completion zsh",
     "help settings",
 ]
 
@@ -83,6 +114,16 @@ def test_listing_needs_nothing_of_the_network(tmp_path: Path) -> None:
     loaded = modules_after("--store", str(tmp_path / "store"), "ls")
     assert "lmdb" in loaded
     assert not loaded & {"trio", "httpx", "rich", "huggingface_hub", "pyfuse3"}
+
+
+def test_a_plan_of_a_known_model_needs_nothing_of_the_network(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_bytes(single(llama(1)))
+    at = ("--store", str(tmp_path / "store"))
+    assert main([*at, "import", str(tmp_path / "mine"), "--as", "me/mine"]) == 0
+    loaded = modules_after(*at, "plan", "me/mine")
+    assert "cakefs.engine.known.preview" in loaded
+    assert not loaded & {"trio", "httpx", "rich", "huggingface_hub", "pyfuse3", "numpy"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -206,7 +247,13 @@ def test_what_the_system_runs_out_of_is_no_bug(
         ("add org/name@v1 --revision v2", "v2"),
         ("add org/name --as ../up", "../up"),
         ("add https://host/x.safetensors --revision v1", "revisions"),
-        ("--offline add org/name", "offline"),
+        ("add https://", "not an http(s) URL"),
+        ("add http://[::1/x.safetensors", "not a URL"),
+        ("add http://xn--a/x.safetensors", "not a URL"),
+        ("add http://host:99999/x.safetensors", "99999"),
+        ("add https://host/dir/", "names no file"),
+        ("add org/name --as=", "bad model name ''"),
+        ("add org/name --revision=", "empty revision"),
         ("--endpoint nonsense add org/name", "nonsense"),
         ("pull org/name", "org/name"),
         ("show org/name", "no store"),
@@ -222,6 +269,32 @@ def test_user_mistake_is_exit_2_and_names_it(
     said = capsys.readouterr()
     assert said.out == ""
     assert words in said.err.splitlines()[0]
+
+
+@pytest.mark.parametrize("line", [["mount", ""], ["import", ""], ["export", "org/name", ""], ["add", "a", "--as", ""]])
+def test_an_empty_argument_is_no_directory(line: list[str], store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line) == UserError.exit_code
+    assert capsys.readouterr().err.startswith("error: an argument is empty\nhint: ")
+
+
+def test_a_surplus_argument_names_the_help_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ls", "--nonsense", "x"]) == UserError.exit_code
+    assert capsys.readouterr().err == "error: unrecognized arguments: --nonsense x\nhint: cakefs ls --help\n"
+
+
+def test_offline_nothing_can_be_added(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--offline", "add", "org/name"]) == RemoteUnavailable.exit_code
+    assert capsys.readouterr().err.startswith("error: cannot add a model offline\nhint: ")
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stream)
+    out = Out()
+    out.line("café █")
+    out.picture("██", "█")
+    out.flush()
+    assert stream.buffer.getvalue().decode("latin-1") == "café \\u2588\n\\u2588\\u2588\n"  # type: ignore[attr-defined]
 
 
 def test_looking_makes_no_store(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ A command run within this process (`Cli.call`) saves the half second in which a 
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pty
@@ -22,6 +23,7 @@ from cakefs.cli import background
 from cakefs.cli.live import read_status
 from cakefs.cli.main import main
 from cakefs.fs.place import FUSE_DEVICE, cakefs_at, clear_dead
+from tests.disks import small_disk
 from tests.hub import Hub
 from tests.models import CONFIG, llama, sharded, single, tensor
 
@@ -305,6 +307,40 @@ def test_pull_into_a_full_store_is_exit_30_and_keeps_what_fits(cli: Cli, hub: Hu
         assert 0 < cli.json("ls")[0]["local_bytes"] < 8_000_000
     finally:
         subprocess.run(["umount", cli.store], check=True)
+
+
+@needs_root
+@pytest.mark.parametrize("way", [["evict", "org/a"], ["rm", "org/a"]])
+def test_on_a_full_disk_room_can_be_made(cli: Cli, hub: Hub, way: list[str]) -> None:
+    """Not a byte is left, and to forget something takes some in the catalog."""
+    counter = itertools.count()
+    for seed, name in enumerate(("org/a", "org/b")):
+        tensors = {f"{i}": tensor(seed * 100 + i, 5000) for i in range(60)}
+        hub.add_repo(name, {"model.safetensors": single(tensors)})
+    with small_disk(cli.store, "6m"):
+        for name in ("org/a", "org/b"):
+            cli.call("add", name)
+            cli.call("pull", name)
+        fill(cli.store)
+        while main(["add", "org/b", "--as", f"copy-{next(counter)}"]) == 0:
+            pass  # The catalog had free pages.
+        cli.call(*way)
+        cli.call("gc")
+        assert free(cli.store) > 1_000_000
+        (cli.store / "filler").unlink()
+        cli.call("pull", "org/b")
+        assert cli.json("verify", "org/b")["org/b"]["bad"] == []
+        assert (cli.store / "backup/data.mdb").exists(), "made again"
+
+
+def fill(disk: Path) -> None:
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def free(disk: Path) -> int:
+    return os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
 
 
 def test_transfer_that_was_corrupted_is_fetched_once_more(cli: Cli, hub: Hub) -> None:

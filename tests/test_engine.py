@@ -3,7 +3,8 @@
 import os
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
@@ -344,18 +345,28 @@ def test_two_versions_of_a_plain_file_are_never_mixed(hub: Hub, tmp_path: Path, 
     one, other = single(big(4)), single({name: -value for name, value in big(4).items()})  # type: ignore[operator]
     url = hub.plain("dir/model.safetensors", one, etag=etag)
 
-    async def body(app: App) -> None:
-        await add(app, url, "plain")
+    @asynccontextmanager
+    async def opened(app: App) -> AsyncIterator[FileReader]:
         async with app.library() as library:
             manifest_id = library.names()["plain"]
-            reader = library.open(manifest_id, library.manifest(manifest_id).shown(View.MODEL)["model.safetensors"])
+            yield library.open(manifest_id, library.manifest(manifest_id).shown(View.MODEL)["model.safetensors"])
+
+    async def changed_while_open(app: App) -> None:
+        await add(app, url, "plain")
+        async with opened(app) as reader:
             place = len(one) - 100
             assert bytes(await reader.read(place, 100)) == one[place:]
             hub.plain("dir/model.safetensors", other, etag=etag.replace("1", "2"), modified=1_780_000_000.0)
             with pytest.raises(RemoteChanged, match="changed upstream"):
                 await reader.read(0, len(one))
 
-    run(hub, tmp_path / "store", body, readahead=False)
+    async def changed_since(app: App) -> None:
+        async with opened(app) as reader:
+            with pytest.raises(RemoteChanged, match="changed upstream"):
+                await reader.read(0, len(one))
+
+    for body in (changed_while_open, changed_since):
+        run(hub, tmp_path / "store", body, readahead=False)
 
 
 def test_a_server_that_dates_nothing_is_refused(hub: Hub, tmp_path: Path) -> None:

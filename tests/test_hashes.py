@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from cakefs.engine.jobs import file_spans
 from cakefs.engine.known import claims
 from cakefs.engine.known.survey import find_model
 from cakefs.engine.local import stream
 from cakefs.formats.safetensors import TensorSpec, build_header, canonical_key, parse_header, tensor_size
 from cakefs.model import MIB, Extent, Literal, SpanKey, View
+from cakefs.plan.choice import file_spans
 from cakefs.store.store import Store
 from tests.hub import Hub
 from tests.inside import Inside

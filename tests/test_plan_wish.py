@@ -16,6 +16,11 @@ from cakefs.plan.wish import Wish, is_commit, is_repo, is_revision, may_be_names
         ("meta-llama", "Llama-3.1-8B"),
         ("TheBloke", "Mistral-7B-v0.1-GGUF"),
         ("some_one", "phi_1.5"),
+        ("ggerganov", "whisper.cpp"),
+        ("karpathy", "llama2.c"),
+        ("internlm", "internlm2-20b"),
+        ("bigcode", "starcoder2-3b-v0.1"),
+        ("CohereForAI", "aya-23-8B"),
         ("a", "b"),
     ],
 )
@@ -45,6 +50,13 @@ def test_a_revision_behind_the_name_is_part_of_the_wish(revision: str) -> None:
             "org/4913~",
         ),
         *("org/Makefile", "org/pyproject.toml", "venv/bin", "__pycache__/x", "org/__init__.py", "org/.env"),
+        *("org/rust-toolchain", "rust-toolchain/x", "org/Cargo.toml", "org/CMakeFiles", "org/PreLoad.cmake", "cmake/x"),
+        *("org/build.ninja", "org/X.java", "org/x.jar", "org/x.c.gch", "org/ctags.d", "org/s.Makefile", "SCCS/s.x"),
+        *("org/conda-meta", "org/pyenv", "pyenv/x", "org/conda.bash", "org/WORKSPACE", "org/BUILD.bazel", "org/BUCK"),
+        *("org/SConstruct", "org/meson.build", "org/Justfile", "org/dune-project", "org/build.gradle.kts", "org/mvnw"),
+        *("org/DESCRIPTION", "org/GTAGS", "org/Session.vim", "org/init.lua", "org/Eask", "org/go.work", "org/x.zwc"),
+        *("org/commondir", "org/config", "org/MERGE_HEAD", "org/P4CONFIG", "MCVS/CVS", "org/view.sln"),
+        *("org/CACHEDIR.TAG", "org/folder.jpg", "org/4913", "4913/x", "org/tmp.Xa9Qk2", "tmpab12cd_x/x"),
         # files of a model, looked for one level too high
         *("org/config.json", "org/model.safetensors", "org/tokenizer.model", "org/x.gguf", "org/adapter_model.bin"),
         # not of the Hub's grammar

@@ -126,6 +126,12 @@ def test_an_index_brings_its_shards(hub: Hub) -> None:
     assert json.loads(fetched(listing.files[0]))["weight_map"]["t0"] == shards[0]
 
 
+def test_shards_have_the_query_of_their_index(hub: Hub) -> None:
+    url = put_index(hub, "signed", {"a": "a b.safetensors"}, ("a b.safetensors",))
+    assert [f.url.partition("?")[2] for f in listed(f"{url}?sig=x%2By&v=1").files] == ["sig=x%2By&v=1"] * 2
+    assert hub.requests[-1].target == "/plain/signed/a%20b.safetensors?sig=x%2By&v=1"
+
+
 def test_an_index_whose_shard_is_missing(hub: Hub) -> None:
     url = put_index(hub, "holey", {"a": "a.safetensors", "b": "b.safetensors"}, ("a.safetensors",))
     message = failure(InvalidFormat, url).message

@@ -24,7 +24,7 @@ from tests.inside import Inside
 from tests.models import llama, sharded, single, tensor
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (scripts/setup --browser)")
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (scripts/setup --dev)")
 LIGHT, DARK = 1, 0  # As Blink counts colour schemes.
 FOUR = json.dumps({"model_type": "llama", "num_hidden_layers": 4}).encode()
 NASTY = 'x"><script>document.title=1</script>&amp;'
@@ -189,11 +189,16 @@ def pixels(path: Path) -> set[bytes]:
 
 
 @needs_browser
-def test_a_browser_draws_it_in_light_and_dark_without_complaint(cli: Inside, tmp_path: Path) -> None:
+def test_a_browser_draws_it_in_light_and_dark_without_complaint(
+    cli: Inside, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The pictures are kept, to be looked at: `.pytest_cache/d/report/`."""
+    kept = request.config.cache.mkdir("report")
     cli("report", "-o", tmp_path / "x.html")
     first = {}
     for name, scheme in (("light", LIGHT), ("dark", DARK)):
-        shot = tmp_path / f"{name}.png"
+        shot = kept / f"{name}.png"
+        shot.unlink(missing_ok=True)
         browse(tmp_path / "x.html", f"--screenshot={shot}", f"--blink-settings=preferredColorScheme={scheme}")
         assert len(pixels(shot)) > 10
         first[name] = shot.read_bytes()

@@ -33,8 +33,23 @@ esac
 APT = """#!/bin/bash
 all="$*"
 echo "apt ${all##*=120 }" >>"$LOG"
-case "$*" in *venv*) touch "$LOG.venv" ;; *fuse3*) cp "$(dirname "$0")/true" "$(dirname "$0")/fusermount3" ;; esac
+here=$(dirname "$0")
+[ ! -e "$LOG.unknown" ] || unknown=$(cat "$LOG.unknown")
+case " $* " in *" ${unknown-none} "*) echo "E: Unable to locate it" >&2; exit 100 ;; esac
+while [ $# != 0 ]; do
+  case "$1" in
+    *venv*) touch "$LOG.venv" ;;
+    fuse3) cp "$here/true" "$here/fusermount3" ;;
+    man-db) cp "$here/true" "$here/man" ;;
+    systemd) cp "$here/true" "$here/systemctl"; cp "$here/true" "$here/systemd-analyze" ;;
+    chromium | fish | gcc | git | openssl | zsh) cp "$here/true" "$here/$1" ;;
+  esac
+  shift
+done
 """
+# Programs without which tests skip, and the packages of them; not mkfs, which setup finds whatever the PATH is.
+PROGRAMS = ("gcc", "openssl", "git", "man", "zsh", "fish", "systemctl", "systemd-analyze", "chromium")
+BRINGING = ["gcc", "libc6-dev", "openssl", "git", "man-db", "zsh", "fish", "systemd", "chromium", "fonts-dejavu-core"]
 
 
 class Machine:
@@ -93,12 +108,6 @@ def test_the_promised_scripts_are_there() -> None:
     assert {"setup", "mount", "test", "check", "run"} <= {path.name for path in BASH_SCRIPTS}
 
 
-def test_setup_for_tests_brings_the_file_systems_that_they_make() -> None:
-    """Else the tests of reflinks skip. Read, not run: the script finds the mkfs of this machine, whatever its PATH."""
-    required = re.findall("^ *require (.*)", (ROOT / "scripts/setup").read_text(), re.M)
-    assert {"xfs", "btrfs"} <= set(" ".join(required).split())
-
-
 def test_no_script_names_a_host() -> None:
     for path in BASH_SCRIPTS:
         text = path.read_text()
@@ -129,7 +138,7 @@ def test_fresh_machine(machine: Machine) -> None:
 
 
 def ready(machine: Machine, *arguments: str) -> None:
-    for name in ("fusermount3", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "pkg-config", "gcc"):
+    for name in ("fusermount3", "mkfs.ext4", "mkfs.xfs", "mkfs.btrfs", "pkg-config", *PROGRAMS):
         machine.program(name, "#!/bin/bash\n")
     for name in ("venv", "headers"):
         Path(f"{machine.log}.{name}").touch()
@@ -163,6 +172,61 @@ def test_torch_comes_first_and_alone(machine: Machine) -> None:
     ]
     machine.run("scripts/setup")
     assert machine.done() == []  # whoever can test can mount
+
+
+def asked_for(machine: Machine) -> list[list[str]]:
+    """The packages of each call of apt-get, but for those of file systems: this machine may have these."""
+    calls = [line.split()[4:] for line in machine.done() if line.startswith("apt install")]
+    return [[package for package in call if package not in ("e2fsprogs", "xfsprogs", "btrfs-progs")] for call in calls]
+
+
+def test_setup_for_tests_brings_at_once_what_they_would_skip_for(machine: Machine) -> None:
+    ready(machine)
+    for name in PROGRAMS:
+        (machine.bin / name).unlink()
+    machine.done()
+    told = machine.run("scripts/setup", "--dev")
+    assert told.returncode == 0 and "not here" not in told.stderr, told.stderr
+    assert asked_for(machine) == [BRINGING]
+    machine.run("scripts/setup", "--dev")
+    assert machine.done() == []
+
+
+def test_setup_for_tests_brings_the_file_systems_that_they_make() -> None:
+    """Else the tests of reflinks skip. Read, not run: the script finds the mkfs of this machine, whatever its PATH."""
+    wanted = re.findall("^ *want (.*)", (ROOT / "scripts/setup").read_text(), re.M)
+    assert {"ext4", "xfs", "btrfs"} <= set(" ".join(wanted).split())
+
+
+def test_what_cannot_be_had_for_tests_is_one_line_and_no_failure(machine: Machine) -> None:
+    ready(machine)
+    for name in ("fish", "chromium", "man"):
+        (machine.bin / name).unlink()
+    Path(f"{machine.log}.unknown").write_text("fish")
+    machine.done()
+    for tried in ([["man-db", "fish", "chromium", "fonts-dejavu-core"], ["man-db"], ["fish"], BRINGING[-2:]], []):
+        told = machine.run("scripts/setup", "--dev")
+        assert told.returncode == 0
+        (said,) = [line for line in told.stderr.splitlines() if "skip" in line]
+        assert said == "cakefs setup: not here and not to be installed, so tests skip: fish"
+        assert "E: " not in told.stderr
+        assert asked_for(machine) == tried, "what could not be had is not asked for again"
+
+
+@pytest.mark.parametrize("lacking", ["sudo", "manager"])
+def test_who_cannot_install_programs_for_tests_is_told_what_they_skip_for(machine: Machine, lacking: str) -> None:
+    ready(machine)
+    for name in ("zsh", "systemd-analyze"):
+        (machine.bin / name).unlink()
+    machine.done()
+    if lacking == "sudo":
+        machine.program("id", "#!/bin/bash\necho 1000\n")
+    else:
+        (machine.bin / "apt-get").unlink()
+    told = machine.run("scripts/setup", "--dev")
+    assert told.returncode == 0
+    assert told.stderr.startswith("cakefs setup: not here and not to be installed, so tests skip: zsh systemd\n")
+    assert asked_for(machine) == []
 
 
 def test_moved_tree_gets_a_new_environment(machine: Machine) -> None:

@@ -1,5 +1,6 @@
 """The login service: its unit, the commands around it, and its life under a real `systemd --user`."""
 
+import json
 import os
 import shutil
 import signal
@@ -30,6 +31,8 @@ def test_the_unit_starts_this_very_cakefs_at_that_place(monkeypatch: pytest.Monk
     monkeypatch.setattr(unit, "own_command", lambda: ["/opt/my tools/cakefs"])
     text = unit.unit_text('/srv/a "b" 50%/$x', ["--offline"], {})
     assert lines(text, "ExecStart") == ['"/opt/my tools/cakefs" mount --foreground --offline "/srv/a \\"b\\" 50%%/$$x"']
+    assert unit.mountpoint_of(text) == '/srv/a "b" 50%/$x'
+    assert unit.mountpoint_of(unit.template()) == unit.mountpoint_of("") == unit.mountpoint_of('ExecStart="') == ""
     assert lines(text, "Type") == ["notify"] and lines(text, "WatchdogSec") == ["120"]
 
 
@@ -154,6 +157,36 @@ def test_a_service_is_installed_runs_and_is_uninstalled(session: Session) -> Non
     left = session.run("find", "/run/home/.config", "/run/home/.local", "-type", "f").stdout.split()
     assert left == []
     assert session.cakefs("service", "status", check=False).returncode == 1
+
+
+@needs_systemd
+def test_the_status_of_a_service_that_does_not_run_says_nothing_of_one_that_did(installed: Session) -> None:
+    def status() -> tuple[int, list[str], list[str]]:
+        done = installed.cakefs("service", "status", check=False)
+        return done.returncode, done.stdout.splitlines(), done.stderr.splitlines()
+
+    stopped = (1, ["inactive, starts at login"], ["hint: systemctl --user start cakefs"])
+    installed.run("systemctl", "--user", "stop", "cakefs")
+    assert status() == stopped
+    told = json.loads(installed.cakefs("service", "status", "--json", check=False).stdout)
+    assert (told["ActiveState"], told["StatusText"]) == ("inactive", "")
+    installed.run("systemctl", "--user", "start", "cakefs")
+    assert status()[0] == 0
+    installed.cakefs("umount")
+    assert eventually(lambda: status() == stopped), status()
+    drop_in = installed.outside(f"{UNIT}.d")
+    installed.run("mkdir", "-p", f"{UNIT}.d")
+    (drop_in / "slow.conf").write_text("[Service]\nRestartSec=1000\n")
+    try:
+        installed.run("systemctl", "--user", "daemon-reload")
+        installed.run("systemctl", "--user", "start", "cakefs")
+        os.kill(int(installed.show("cakefs", "MainPID")), signal.SIGKILL)
+        assert eventually(lambda: installed.show("cakefs", "SubState") == "auto-restart")
+        assert status() == (1, ["activating (signal), starts at login"], ["hint: cakefs service logs"])
+        installed.cakefs("service", "uninstall")
+        assert installed.run("ls", "-a", MOUNT).stdout.split() == [".", ".."], "what died is cleared, too"
+    finally:
+        shutil.rmtree(drop_in)
 
 
 @needs_systemd

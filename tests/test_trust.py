@@ -75,6 +75,25 @@ def test_the_token_is_in_no_log_no_status_no_store_and_no_argument(gated: Cakefs
             assert SECRET.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
 
 
+@needs_fuse
+@pytest.mark.parametrize("etag", ['"strong"', ""])
+def test_the_query_of_a_url_is_shown_nowhere(hub: Hub, tmp_path: Path, etag: str) -> None:
+    """It may be a signature; the mount and what `show` says may be seen by others."""
+    url = hub.plain("signed/model.safetensors", PUBLISHED, etag=etag)
+    cakefs = Cakefs(tmp_path, hub.endpoint)
+    with cakefs.mounted("--no-on-demand"):
+        said = [cakefs.run("add", f"{url}?sig={SECRET}|&x=1", "--as", "signed"), cakefs.run("ls", "--json")]
+        path = cakefs.mountpoint / "signed/model.safetensors"
+        assert path.read_bytes() == PUBLISHED
+        said += [cakefs.run("show", "signed"), cakefs.run("show", "signed", "--json")]
+        assert all(SECRET not in done.stdout + done.stderr for done in said)
+        about = {name: os.getxattr(path, name).decode() for name in os.listxattr(path)}
+        assert about["user.cakefs.source"] == url
+        assert all(SECRET not in value for value in about.values())
+    assert SECRET not in cakefs.log()
+    assert url in said[-1].stdout
+
+
 def test_what_is_made_is_open_to_nobody_else_whatever_the_umask(hub: Hub, tmp_path: Path) -> None:
     hub.add_repo("org/name", {"model.safetensors": PUBLISHED})
     cakefs = Cakefs(tmp_path, hub.endpoint)

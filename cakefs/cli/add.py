@@ -66,7 +66,7 @@ def _add(args: argparse.Namespace, out: Out) -> "Added":
     from cakefs.engine.models.sources import default_name, parse_source
 
     source = parse_source(args.source, args.revision)
-    name = model_name(args.name or default_name(source))
+    name = model_name(default_name(source) if args.name is None else args.name)
 
     async def add(app: "App") -> "Added":
         with late_bar(out, "reading the cache") as show:

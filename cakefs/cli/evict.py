@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 HELP = "give up a model's bytes: it stays, and what is read is fetched again"
 EPILOG = """\
 Stays: what other models have as well, what a mount or another command uses at the moment,
-what no address is known of, and what the model is shown by (headers, configuration, tokenizer).
+what no address is known of, what the model is shown by (headers, configuration, tokenizer), and a tensor of
+which only a part is here.
 """
 
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
         verb = "would free" if args.dry_run else "freed"
         out.line(f"{verb} {human_size(done.bytes)} of {args.model}, {counted(len(done.blobs), 'blob')}")
         if not (done.blobs or done.in_use):
-            out.note("what it has here other models have as well, or it is borrowed, or what the model is shown by")
+            out.note("what it has here is in other models, borrowed, no whole tensor, or what the model is shown by")
         if done.in_use:
             kept = sum(blob.size for blob in done.in_use)
             out.line(f"  {counted(len(done.in_use), 'blob')}, {human_size(kept)}, stay: a process uses them")

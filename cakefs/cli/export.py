@@ -82,8 +82,8 @@ async def _export(app: "App", args: argparse.Namespace, out: Out) -> Exported:
     from cakefs.engine.evict import job_is_done
     from cakefs.engine.export.exporter import Exporter, Reflink
     from cakefs.engine.held import held
-    from cakefs.engine.jobs import file_spans
     from cakefs.engine.known.survey import Local, Shown
+    from cakefs.plan.choice import file_spans
 
     with held(app.store, [args.model]) as (manifest,):
         wishes = _wishes(manifest, args)

@@ -113,10 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str], out: Out, lines: LogLines) -> int:
+    if "" in arguments:  # to pathlib it is the directory that we happen to be in
+        raise UserError("an argument is empty", hint="is a variable of the shell not set?")
     try:
-        args = build_parser(_asked_for(arguments)).parse_args(arguments)
+        args, surplus = build_parser(_asked_for(arguments)).parse_known_args(arguments)
     except SystemExit:  # after --help and --version
         return 0
+    if surplus:
+        raise UserError(f"unrecognized arguments: {' '.join(surplus)}", hint=f"cakefs {args.command} --help")
     out.quiet = args.quiet
     logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, handlers=[lines])
     code: int = args.run(args, out)

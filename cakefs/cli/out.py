@@ -74,7 +74,7 @@ class Out:
 
     def picture(self, text: str, marks: str) -> None:
         """A line of data; on a terminal that has colours, the characters `marks` in another one."""
-        if sys.stdout is None or not sys.stdout.isatty():
+        if sys.stdout is None or not sys.stdout.isatty() or sys.stdout.encoding.lower() != "utf-8":
             return self.line(text)
         from rich.console import Console
         from rich.text import Text
@@ -175,5 +175,9 @@ def _reported() -> Iterator[None]:
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    if stream is not None:  # closed by `>&-`
+    if stream is None:  # closed by `>&-`
+        return
+    try:
         stream.write(text + "\n")
+    except UnicodeEncodeError:  # of a locale that is not UTF-8
+        stream.write(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding) + "\n")

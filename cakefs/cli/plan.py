@@ -82,7 +82,7 @@ def _preview(args: argparse.Namespace) -> "Preview":
 
 
 def _look(store: "Store", manifest: "Manifest", args: argparse.Namespace, cache: Path | None) -> "Preview":
-    from cakefs.engine.disk.cached import cached_identities
+    from cakefs.engine.disk.hubcache import cached_identities
     from cakefs.engine.known.preview import preview
 
     with without_gc():
@@ -92,9 +92,8 @@ def _look(store: "Store", manifest: "Manifest", args: argparse.Namespace, cache:
 
 def chosen_spans(store: "Store", manifest: "Manifest", args: argparse.Namespace) -> list[int]:
     """The spans that `add_choice_options` names. Raises UserError where there are none."""
-    from cakefs.engine.index import chosen_files
-    from cakefs.engine.jobs import file_spans
     from cakefs.engine.known.preview import layer_spans
+    from cakefs.plan.choice import chosen_files, file_spans
     from cakefs.plan.layers import parse_layers
 
     if args.layers is not None:

@@ -75,8 +75,8 @@ async def _pull(app: "App", args: argparse.Namespace, out: Out) -> Pulled:
     from cakefs.engine import jobs
     from cakefs.engine.evict import job_is_done
     from cakefs.engine.held import held
-    from cakefs.engine.index import chosen_files
     from cakefs.engine.known import survey
+    from cakefs.plan.choice import chosen_files
 
     with held(app.store, [args.model]) as (manifest,):
         spans = chosen_spans(app.store, manifest, args)

@@ -1,6 +1,7 @@
 """`cakefs rm`: forget the names of models; their bytes are gc's matter."""
 
 import argparse
+from functools import partial
 
 from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out
@@ -19,7 +20,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
     with open_store(config_of(args).store) as store:
         require_models(store, args.models)  # All or none.
         for name in args.models:
-            store.catalog.remove_model(name)
+            store.freeing(partial(store.catalog.remove_model, name))
             if not args.json:
                 out.result(name, f"removed {name}")
     if args.json:

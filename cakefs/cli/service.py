@@ -3,6 +3,7 @@
 import argparse
 import os
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,11 +92,15 @@ def _advise(out: Out) -> None:
 
 
 def _uninstall(args: argparse.Namespace, out: Out) -> int:
+    from cakefs.fs.place import clear_dead
+
     path = _unit_path()
     if path.exists() and (trouble := _systemd_trouble()):
         out.note(f"not stopped: {trouble}")
     elif path.exists():
         _systemctl("disable", "--now", unit.NAME)
+        if place := unit.mountpoint_of(path.read_text(errors="replace")):
+            clear_dead(place)  # it may have died since it was started last
     removed = [path] * path.exists() + [extra.path for extra in _extras() if _is_ours(extra.path)]
     try:
         for found in removed:
@@ -111,22 +116,31 @@ def _uninstall(args: argparse.Namespace, out: Out) -> int:
 def _status(args: argparse.Namespace, out: Out) -> int:
     _require_systemd()
     found = _properties()
-    runs = found["ActiveState"] == "active"
     if args.json:
         out.json({"unit": str(_unit_path()), **found})
     elif found["LoadState"] != "loaded":
         out.line("not installed")
         out.hint("cakefs service install")
     else:
-        at_login = "starts at login" if found["UnitFileState"] == "enabled" else "does not start at login"
-        restarts = f", restarted {found['NRestarts']} times" if found["NRestarts"] not in ("", "0") else ""
-        failure = f" ({found['Result']})" if found["Result"] not in ("", "success") else ""
-        out.line(f"{found['ActiveState']}{failure}, pid {found['MainPID']}, {at_login}{restarts}")
+        out.line(_state(found))
         if found["StatusText"]:
             out.line(found["StatusText"])
-        if not runs:
+        if found["ActiveState"] == "inactive":
+            out.hint(f"systemctl --user start {unit.NAME.removesuffix('.service')}")
+        elif found["ActiveState"] != "active":
             out.hint("cakefs service logs")
-    return 0 if runs else 1
+    return 0 if found["ActiveState"] == "active" else 1
+
+
+def _state(found: Mapping[str, str]) -> str:
+    failure = f" ({found['Result']})" if found["Result"] not in ("", "success") else ""
+    parts = [f"{found['ActiveState']}{failure}"]
+    if _runs(found):
+        parts.append(f"pid {found['MainPID']}")
+    parts.append("starts at login" if found["UnitFileState"] == "enabled" else "does not start at login")
+    if found["NRestarts"] not in ("", "0"):
+        parts.append("restarted once" if found["NRestarts"] == "1" else f"restarted {found['NRestarts']} times")
+    return ", ".join(parts)
 
 
 def _logs(args: argparse.Namespace, out: Out) -> int:
@@ -184,7 +198,14 @@ def _systemd_trouble() -> str:
 def _properties() -> dict[str, str]:
     asked = _systemctl("show", unit.NAME, f"--property={','.join(SHOWN)}")
     found = dict(line.partition("=")[::2] for line in asked.splitlines())
-    return {name: found.get(name, "") for name in SHOWN}
+    found = {name: found.get(name, "") for name in SHOWN}
+    if not _runs(found):
+        found["StatusText"] = ""  # systemd keeps what a process said last, also when it is gone
+    return found
+
+
+def _runs(found: Mapping[str, str]) -> bool:
+    return found["MainPID"] not in ("", "0")
 
 
 def _last_words() -> str:

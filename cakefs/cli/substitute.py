@@ -31,7 +31,7 @@ def run_substitute(args: argparse.Namespace, out: Out) -> int:
 
     source = parse_source(args.source, args.revision)
     published = default_name(source)
-    name = model_name(args.name or published)
+    name = model_name(published if args.name is None else args.name)
 
     async def add(app: "App") -> "Substituted":
         with app.store.guard():  # What is read to compose it has no name before the end.

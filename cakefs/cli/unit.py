@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,17 @@ def unit_text(mountpoint: str, arguments: Sequence[str], environ: Mapping[str, s
     text, count = re.subn(r"^ExecStart=.*$", lambda _: start, template(), flags=re.MULTILINE)
     assert count == 1, "the template has one ExecStart"
     return text
+
+
+def mountpoint_of(text: str) -> str:
+    """Where a unit that `unit_text` made mounts; nothing where somebody else wrote it."""
+    found = re.search(r"^ExecStart=(.*)$", text, re.MULTILINE)
+    try:
+        word = shlex.split(found[1])[-1] if found else ""
+    except (ValueError, IndexError):
+        return ""
+    place = word.replace("$$", "$").replace("%%", "%")
+    return place if os.path.isabs(place) else ""
 
 
 def kept(environ: Mapping[str, str]) -> dict[str, str]:

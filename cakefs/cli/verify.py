@@ -80,9 +80,10 @@ def _fetch_again(args: argparse.Namespace, gone: "dict[str, set[SpanKey]]", out:
 
 async def _fetch(app: "App", name: str, keys: "set[SpanKey]", out: Out) -> int:
     from cakefs.engine import jobs
+    from cakefs.plan.choice import in_order
 
     manifest = app.model(name)
-    spans = jobs.in_order(manifest, (i for i in range(len(manifest.spans)) if manifest.key(i) in keys))
+    spans = in_order(manifest, (i for i in range(len(manifest.spans)) if manifest.key(i) in keys))
     with out.progress(name, sum(key.size for key in keys)) as advance:
         return await jobs.pull_spans(app.store, app.fetcher, manifest, spans, Counted(advance))
 

@@ -6,8 +6,7 @@ Headers and small files are spans like any other: what another model brought is 
 """
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from cakefs.engine.known.survey import Local, Shown
@@ -17,9 +16,8 @@ from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CorruptData, InvalidFormat, NotFound, UserError
 from cakefs.formats import sharded
 from cakefs.formats.torchckpt import is_index
-from cakefs.model import SMALL_FILE_LIMIT, File, Listing, Manifest, Published, View
+from cakefs.model import SMALL_FILE_LIMIT, Listing, Manifest, Published, View
 from cakefs.plan.compose import Header, build_manifest
-from cakefs.plan.derived import own_files
 from cakefs.plan.gguf_compose import is_gguf, split_sets
 from cakefs.plan.present import checkpoint_files, is_safetensors, main_files, wanted_checkpoints, wanted_indexes
 from cakefs.remotes.base import Remote
@@ -224,9 +222,3 @@ def model_name(name: str) -> str:
     if any(p in ("", ".", "..") or p.startswith(".") or not p.isprintable() or len(p.encode()) > 200 for p in parts):
         raise UserError(f"bad model name {name!r}", hint="use org/name or a plain word, without a leading dot")
     return name
-
-
-def chosen_files(manifest: Manifest, patterns: Sequence[str]) -> list[File]:
-    """Files of the model directory whose path matches any of the globs; all without a glob."""
-    files = (manifest.shown(View.MODEL) if patterns else own_files(manifest)).items()
-    return [file for path, file in files if not patterns or any(fnmatchcase(path, p) for p in patterns)]

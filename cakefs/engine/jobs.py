@@ -9,15 +9,17 @@ import trio
 from cakefs.engine.evict import prepare_room
 from cakefs.engine.fetch import Fetcher
 from cakefs.engine.known import claims
+from cakefs.engine.known.survey import missing_chunks
 from cakefs.engine.local import stream
 from cakefs.engine.tasks import open_flat_nursery
 from cakefs.engine.transfer.confirm import confirm_source
 from cakefs.engine.transfer.flights import Pending, Priority
 from cakefs.engine.transfer.quota import left_free
 from cakefs.errors import CorruptData, NotFound, StoreFull
-from cakefs.model import MIB, File, Literal, Manifest, SpanKey, leaves
+from cakefs.model import MIB, File, Literal, Manifest, SpanKey
+from cakefs.plan.choice import file_spans, in_order
 from cakefs.plan.collect import GcPlan, plan_gc
-from cakefs.plan.requests import ChunkRef, batches, chunk_size, gaps, span_chunks
+from cakefs.plan.requests import ChunkRef, batches, chunk_size
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.store import LITERAL, Store
 
@@ -43,32 +45,6 @@ class Repair(NamedTuple):
     incomplete: int
     bad: list[str]
     lost: list[str]
-
-
-def file_spans(manifest: Manifest, files: Iterable[File]) -> list[int]:
-    """The spans of the files and the `gaps` between them, each content once, in the order of their bytes upstream."""
-    spans = {s.span for f in files for segment in f.segments for s in leaves(segment) if s.size}
-    return in_order(manifest, spans | gaps(manifest, spans))
-
-
-def in_order(manifest: Manifest, spans: Iterable[int]) -> list[int]:
-    """As a pull takes them; of several with the same bytes (a file that is published twice) one."""
-    ordered = sorted(spans, key=lambda i: (manifest.spans[i].source, manifest.spans[i].start))
-    first: dict[SpanKey, int] = {}
-    for span in ordered:
-        first.setdefault(manifest.key(span), span)
-    return list(first.values())
-
-
-def missing_chunks(store: Store, manifest: Manifest, span: int) -> list[ChunkRef]:
-    """What of a span is not in the store yet."""
-    key = manifest.key(span)
-    if store.has(key):
-        return []
-    content = store.content(key)
-    if content is None:
-        return list(span_chunks(span, 0, key.size))
-    return [ChunkRef(span, chunk) for chunk in content.missing(0, key.size)]
 
 
 async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequence[File], progress: Progress) -> int:
@@ -289,8 +265,8 @@ def collect(store: Store) -> GcPlan:
         plan = gc_plan(store)
         for key in plan.partials:  # First: on a full disk the catalog needs room to shrink.
             store.drop_partial(key)
-        store.catalog.drop_manifests(plan.manifests)
-        store.catalog.forget_spans(plan.spans)
+        store.freeing(lambda: store.catalog.drop_manifests(plan.manifests))
+        store.freeing(lambda: store.catalog.forget_spans(plan.spans))
         heads = map(store.catalog.manifest_head, store.catalog.manifest_ids())
         store.catalog.sha256.keep_claims({source.identity for head in heads for source in head.sources})
         store.delete_blobs(list(plan.blobs))

@@ -16,7 +16,7 @@ from cakefs.formats.strictjson import brief
 MAX_LAYER = 99_999  # No model comes near; a slip of the finger must not cost memory.
 
 _ITEM = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
-_NAME = re.compile(r"(.*?)\.(0|[1-9][0-9]{0,7})(\..*)?", re.DOTALL)
+_LAYER = re.compile(r"\.(0|[1-9][0-9]{0,7})(?=\.|\Z)")
 
 Group = Mapping[int, Mapping[str, str]]
 """Layer number -> what follows it in a name -> the name."""
@@ -70,10 +70,10 @@ class Name(NamedTuple):
 
 def split_name(name: str, prefix: str = "") -> Name | None:
     """At the first number, or at the one behind a prefix that is known. None where there is none."""
-    match = _NAME.fullmatch(name, len(prefix)) if name.startswith(prefix) else None
-    if match is None or (prefix and match[1]):
+    match = _LAYER.search(name, len(prefix)) if name.startswith(prefix) else None
+    if match is None or (prefix and match.start() != len(prefix)):
         return None
-    return Name(prefix or match[1], int(match[2]), match[3] or "")
+    return Name(name[: match.start()], int(match[1]), name[match.end() :])
 
 
 def group_layers(names: Iterable[str], prefix: str = "") -> dict[str, dict[int, dict[str, str]]]:

@@ -83,18 +83,27 @@ def pull_requests(manifest: Manifest, missing: Iterable[Sequence[ChunkRef]]) -> 
 
 def range_requests(manifest: Manifest, refs: Iterable[ChunkRef], limit: int = REQUEST_LIMIT) -> Iterator[RangeRequest]:
     """Joins chunks that follow each other in an upstream file into requests of at most `limit` bytes (or one chunk)."""
-    current: RangeRequest | None = None
-    for source, start, stop, index in sorted({_place(manifest, ref) for ref in refs}):
-        span = (manifest.spans[index].start, manifest.spans[index].stop)
-        if current and current.source == source and current.stop == start and stop - current.start <= limit:
-            spans = current.spans if current.spans[-1] == span else (*current.spans, span)
-            current = RangeRequest(source, current.start, stop, spans)
-            continue
-        if current:
-            yield current
-        current = RangeRequest(source, start, stop, (span,))
-    if current:
-        yield current
+    places = iter(sorted({_place(manifest, ref) for ref in refs}))
+    first = next(places, None)
+    if first is None:
+        return
+    source, begin, end, index = first
+    joined = [index]
+    for place in places:
+        if place[0] == source and place[1] == end and place[2] - begin <= limit:
+            _, _, end, index = place
+            if index != joined[-1]:
+                joined.append(index)
+        else:
+            yield _request(manifest, source, begin, end, joined)
+            source, begin, end, index = place
+            joined = [index]
+    yield _request(manifest, source, begin, end, joined)
+
+
+def _request(manifest: Manifest, source: int, start: int, stop: int, indices: Sequence[int]) -> RangeRequest:
+    spans = (manifest.spans[index] for index in indices)
+    return RangeRequest(source, start, stop, tuple((span.start, span.stop) for span in spans))
 
 
 def _place(manifest: Manifest, ref: ChunkRef) -> tuple[int, int, int, int]:

@@ -32,11 +32,15 @@ def origin(url: str | httpx.URL) -> Origin:
     """Raises InvalidFormat on a URL that is not http(s) with a host."""
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL as error:
-        raise InvalidFormat(f"not a URL: {error}") from error
-    if parsed.scheme not in _PORTS or not parsed.host:
+        host, port = parsed.host, parsed.port
+    except (httpx.InvalidURL, UnicodeError) as error:  # UnicodeError: of a host's name
+        raise InvalidFormat(f"not a URL: {one_line(str(error))}") from error
+    if parsed.scheme not in _PORTS or not host:
         raise InvalidFormat(f"not an http(s) URL: {shown(parsed)}")
-    return parsed.scheme, parsed.host, parsed.port or _PORTS[parsed.scheme]
+    port = _PORTS[parsed.scheme] if port is None else port
+    if not 0 < port < 1 << 16:  # the system would take the rest of it
+        raise InvalidFormat(f"not a URL: no port can be {port}")
+    return parsed.scheme, host, port
 
 
 def host_of(url: str | httpx.URL) -> str:

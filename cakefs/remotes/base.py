@@ -5,6 +5,7 @@ from pathlib import PurePosixPath
 from typing import Protocol
 
 from cakefs.errors import InvalidFormat
+from cakefs.formats.strictjson import brief
 from cakefs.model import ByteRange, Listing, Locator, Published, is_safe_path
 
 Sink = Callable[[bytes], None]
@@ -37,11 +38,11 @@ def make_listing(origin: str, revision: str, requested: str, files: Iterable[Pub
     known: dict[str, Published] = {}
     for file in files:
         if file.path in known:
-            raise InvalidFormat(f"{origin} lists a path twice: {file.path!r}")
+            raise InvalidFormat(f"{origin} lists a path twice: {brief(file.path)}")
         if not is_safe_path(file.path):
-            raise InvalidFormat(f"{origin} lists an unsafe path: {file.path!r}")
+            raise InvalidFormat(f"{origin} lists an unsafe path: {brief(file.path)}")
         known[file.path] = file
     for path in known:
         if any(str(parent) in known for parent in PurePosixPath(path).parents):
-            raise InvalidFormat(f"{origin} lists a file below a file: {path!r}")
+            raise InvalidFormat(f"{origin} lists a file below a file: {brief(path)}")
     return Listing(origin, revision, requested, tuple(known[path] for path in sorted(known)))

@@ -37,7 +37,7 @@ async def list_url(url: str, http: HttpRemote, *, hubs: Iterable[str] = HUBS, ti
         CakeError: UserError for a URL that names no file; InvalidFormat where an index is broken or the server cannot
             serve parts of files; else as for any file.
     """
-    parsed = _checked(url)
+    parsed = checked_url(url)
     try:
         with trio.fail_after(timeout_s):
             commit, files = await _list(parsed, http, {origin(hub) for hub in hubs})
@@ -57,8 +57,8 @@ async def _list(parsed: httpx.URL, http: HttpRemote, trusted: Container[Origin])
     return commit, files
 
 
-def _checked(url: str) -> httpx.URL:
-    """The URL without its fragment."""
+def checked_url(url: str) -> httpx.URL:
+    """The URL of a file without its fragment. Raises UserError."""
     try:
         origin(url)
     except CakeError as error:
@@ -74,15 +74,16 @@ def _checked(url: str) -> httpx.URL:
 
 
 async def _shards(index_url: str, shards: list[str], http: HttpRemote, trusted: Container[Origin]) -> list[Published]:
-    """The shards beside an index. The first failure ends the others."""
+    """The shards beside an index, with its query, which may sign for the folder. The first failure ends the others."""
     found: list[Published] = []
     failures: list[CakeError] = []
     limiter = trio.CapacityLimiter(PROBES)
+    index = httpx.URL(index_url)
 
     async def publish(shard: str) -> None:
         try:
             async with limiter:
-                url = str(httpx.URL(index_url).join(quote(shard)))
+                url = str(index.join(quote(shard)).copy_with(query=index.query or None))
                 found.append((await _publish(url, shard, http, trusted))[1])
         except NotFound as error:
             missing = InvalidFormat(f"index {shown(index_url)} names a shard that is not there: {error.message}")

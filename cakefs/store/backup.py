@@ -126,9 +126,13 @@ def put_back(store: Path) -> Path | None:
     return aside if aside.exists() else None
 
 
-def drop_copy(store: Path) -> None:
-    """It is broken, too."""
-    copy_path(store).unlink(missing_ok=True)
+def drop_copy(store: Path) -> bool:
+    """It is broken, too, or its room is needed. Returns: False when there is none."""
+    try:
+        copy_path(store).unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _is_recent(path: Path, size: int) -> bool:

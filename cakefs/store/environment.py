@@ -23,7 +23,7 @@ import lmdb
 import msgspec
 
 from cakefs.errors import CakeError, CorruptData, StoreFull, UserError
-from cakefs.model import GIB, MIB
+from cakefs.model import GIB, KIB, MIB
 from cakefs.store.files import sync_directories, sync_file, unlink
 
 # Address space, not disk. A thousand models of a thousand tensors need about 1 GiB.
@@ -33,8 +33,9 @@ NEW = ".new-"  # Begins the name of an environment that is being made.
 # One slot per concurrent read transaction of all processes; a slot is 64 bytes.
 MAX_READERS = 512
 MAX_TABLES = 16
+LARGEST_WRITE = 256 * KIB  # By LMDB: 64 pages together.
 
-_ERRNOS = (errno.EROFS, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
+_ERRNOS = (errno.EROFS, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EIO)
 _BROKEN = (
     lmdb.InvalidError,
     lmdb.CorruptedError,
@@ -349,13 +350,20 @@ def _translated(path: Path) -> Iterator[None]:
 
 def _catalog_error(error: lmdb.Error, path: Path) -> CakeError:
     code = _code(error)
-    if isinstance(error, lmdb.DiskError) or code in (errno.ENOSPC, errno.EDQUOT):
+    # EIO: how LMDB tells that of a write only a part had room.
+    if isinstance(error, lmdb.DiskError) or code in (errno.ENOSPC, errno.EDQUOT) or (code == errno.EIO and _full(path)):
         return StoreFull(f"no space left for catalog {path}", hint="free space on that disk, or cakefs gc")
     if isinstance(error, lmdb.ReadonlyError | lmdb.LockError) or code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return UserError(f"catalog {path} may not be written: {error}", hint="is the store yours? see CAKEFS_STORE")
     if isinstance(error, _BROKEN):
         return _broken(path, str(error))
     return CakeError(f"catalog {path}: {error}")
+
+
+def _full(path: Path) -> bool:
+    """Less room on the disk than one write of LMDB takes."""
+    fs = os.statvfs(path)
+    return fs.f_bavail * fs.f_frsize < LARGEST_WRITE
 
 
 def _broken(path: Path, why: str) -> CorruptData:

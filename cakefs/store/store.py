@@ -18,12 +18,13 @@ What a crash leaves is either used again (partials) or removed by `sweep`; openi
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial as bind
 from pathlib import Path
+from typing import TypeVar
 
-from cakefs.errors import CakeError, CorruptData
+from cakefs.errors import CakeError, CorruptData, StoreFull
 from cakefs.model import CHUNK, INLINE_LIMIT, Digest, SpanKey
 from cakefs.store import backup, upkeep
 from cakefs.store import lease as leases
@@ -42,6 +43,8 @@ from cakefs.store.use import last_use, touch
 SEAL_BATCH = 256
 # Identity under which literals are kept: followed by the SHA-256 of their bytes.
 LITERAL = "literal:"
+
+T = TypeVar("T")
 
 _log = logging.getLogger("cakefs.store")
 
@@ -215,6 +218,16 @@ class Store:
 
     # Removing
 
+    def freeing(self, work: Callable[[], T]) -> T:
+        """Runs what makes room. On a full disk that needs some itself, to change the catalog: that of its copy, which
+        is made again when there is room."""
+        try:
+            return work()
+        except StoreFull:
+            if not backup.drop_copy(self.path):
+                raise
+        return work()  # What failed is no longer held by its exception.
+
     def drop_span(self, key: SpanKey) -> None:
         """Forgets what is here of the span: its bytes are known to be wrong. A blob nobody else has is put aside."""
         with translated(f"write to {self.path}"):
@@ -231,7 +244,7 @@ class Store:
     def delete_blobs(self, digests: Sequence[str]) -> int:
         """Deletes those that no span names (`catalog.forget_spans` comes first). Returns: their bytes."""
         with translated(f"write to {self.path}"):
-            return self.blobs.delete(digests)
+            return self.freeing(lambda: self.blobs.delete(digests))
 
     def evict(self, digests: Sequence[str], *, dry_run: bool = False) -> set[str]:
         """Deletes blobs that can be fetched again, except those in use; their spans are missing then.
@@ -239,7 +252,7 @@ class Store:
         Returns: Those that went, or would go.
         """
         with translated(f"write to {self.path}"):
-            return self.blobs.evict(digests, dry_run=dry_run)
+            return self.freeing(lambda: self.blobs.evict(digests, dry_run=dry_run))
 
     def note_use(self, keys: Iterable[SpanKey], *, ago: float = 0.0) -> None:
         """These spans are used now, or were so many seconds ago: what was used before makes room before them."""

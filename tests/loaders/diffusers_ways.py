@@ -15,7 +15,8 @@ def images(pipeline: Path) -> Mapping[str, Any]:
     loaded = DDPMPipeline.from_pretrained(str(pipeline))
     loaded.set_progress_bar_config(disable=True)
     seed = torch.Generator().manual_seed(0)
-    return {"images": loaded(generator=seed, num_inference_steps=2, output_type="np").images}
+    images = loaded(generator=seed, num_inference_steps=2, output_type="np").images
+    return {"images": kit.Near(images)} | loaded.unet.state_dict()
 
 
 def component(pipeline: Path, **how: Any) -> Mapping[str, Any]:

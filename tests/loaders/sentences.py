@@ -11,7 +11,8 @@ from tests.loaders import kit
 
 def embed(place: Path) -> Mapping[str, Any]:
     model = SentenceTransformer(str(place / "minilm"), device="cpu")
-    return {"embeddings": model.encode(["a cake is a layered thing", "weights fail silently"])}
+    embeddings = model.encode(["a cake is a layered thing", "weights fail silently"])
+    return {"embeddings": kit.Near(embeddings)} | model.state_dict()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ def load(model: Path, **how: Any) -> Mapping[str, Any]:
 def used(model: Any) -> Mapping[str, Any]:
     with torch.no_grad():
         logits = model(IDS).logits
-    return {"logits": logits} | {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    return {"logits": kit.Near(logits.float())} | weights
 
 
 def offloaded(model: Path) -> Mapping[str, Any]:

@@ -1,26 +1,15 @@
 """Before a transfer: what somebody else brought into the Hub cache since a model was added need not come again."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import trio
 
 from cakefs.engine.disk.adopt import Adopter, Meter
 from cakefs.engine.disk.found import Skipped
-from cakefs.engine.disk.hubcache import files_with
-from cakefs.model import Manifest, Published, Source
+from cakefs.engine.disk.hubcache import files_of
+from cakefs.model import Manifest
 from cakefs.store.store import Store
-
-
-def files_in(cache: Path, sources: Iterable[Source]) -> dict[str, Path]:
-    """Files of the cache that claim to have what upstream files have, by the path of these."""
-    return files_with(cache, [Published(s.path, s.locator.size, s.identity, s.locator.url) for s in sources])
-
-
-def cached_identities(cache: Path, manifest: Manifest) -> set[str]:
-    """Of the files of a model that are in the cache, by their names there."""
-    found = files_in(cache, manifest.sources)
-    return {source.identity for source in manifest.sources if source.path in found}
 
 
 async def borrow_cached(
@@ -34,7 +23,7 @@ async def borrow_cached(
         return []
     here = store.catalog.recorded(map(manifest.key, spans))
     missing = {manifest.spans[span].source for span in spans if manifest.key(span) not in here}
-    paths = await trio.to_thread.run_sync(files_in, cache, [manifest.sources[index] for index in sorted(missing)])
+    paths = await trio.to_thread.run_sync(files_of, cache, [manifest.sources[index] for index in sorted(missing)])
     meter.expect(sum(source.locator.size for source in manifest.sources if source.path in paths))
     adopter = Adopter(store, meter=meter)
     if paths:

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote
 
 from cakefs.engine.disk.found import Found, Skipped, regular, unreadable, walk
-from cakefs.model import SMALL_FILE_LIMIT, Listing, Published, is_safe_path
+from cakefs.model import SMALL_FILE_LIMIT, Listing, Manifest, Published, Source, is_safe_path
 
 _REPO = re.compile(r"models--([^-/][^/]*)")
 _WEIGHTS = re.compile(r"\.safetensors(\.index(\.[^.]+)?\.json)?$")  # which belong together
@@ -47,6 +47,17 @@ def files_with(cache: Path, published: Iterable[Published]) -> dict[str, Path]:
             if not isinstance(status, str) and status.st_size == file.size:
                 found[file.path] = path
     return found
+
+
+def files_of(cache: Path, sources: Iterable[Source]) -> dict[str, Path]:
+    """As `files_with`, for upstream files of a manifest."""
+    return files_with(cache, [Published(s.path, s.locator.size, s.identity, s.locator.url) for s in sources])
+
+
+def cached_identities(cache: Path, manifest: Manifest) -> set[str]:
+    """Of the files of a model that are in the cache, by their names there."""
+    found = files_of(cache, manifest.sources)
+    return {source.identity for source in manifest.sources if source.path in found}
 
 
 def find(cache: Path, endpoint: str) -> tuple[list[Found], list[Skipped]]:

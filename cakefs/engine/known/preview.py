@@ -8,10 +8,11 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
-from cakefs.engine.jobs import in_order, missing_chunks
 from cakefs.engine.known import claims
+from cakefs.engine.known.survey import missing_chunks
 from cakefs.engine.models.smallfiles import small_files
 from cakefs.model import Manifest, leaves
+from cakefs.plan.choice import in_order
 from cakefs.plan.parents import load_parent, require_layers
 from cakefs.plan.requests import ChunkRef, RangeRequest, chunk_size, pull_requests, span_chunks
 from cakefs.plan.tensors import named_alike, shown_tensors

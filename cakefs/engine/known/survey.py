@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cakefs.errors import UserError
-from cakefs.model import COMPUTED, File, Literal, Manifest, Source, SpanKey, TensorInfo, View, leaves
+from cakefs.model import COMPUTED, File, Literal, Manifest, Source, SpanKey, TensorInfo, View, leaves, without_query
 from cakefs.plan.derived import own_files
+from cakefs.plan.requests import ChunkRef, span_chunks
 from cakefs.plan.view import Bytes, parts_of, tensor_data
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.store import Store
@@ -209,6 +210,17 @@ def require_models(store: Store, names: Iterable[str]) -> None:
             raise UserError(f"no model {name!r} here", hint=hint)
 
 
+def missing_chunks(store: Store, manifest: Manifest, span: int) -> list[ChunkRef]:
+    """What of a span is not in the store yet."""
+    key = manifest.key(span)
+    if store.has(key):
+        return []
+    content = store.content(key)
+    if content is None:
+        return list(span_chunks(span, 0, key.size))
+    return [ChunkRef(span, chunk) for chunk in content.missing(0, key.size)]
+
+
 def summarize_store(path: Path) -> StoreSummary:
     """All zero where there is no store yet."""
     if not _exists(path):
@@ -269,8 +281,8 @@ def summarize_sources(store: Store, manifest: Manifest) -> list[SourceSummary]:
     return [
         SourceSummary(
             s.path,
-            s.locator.url,
-            s.identity,
+            without_query(s.locator.url),
+            without_query(s.identity),
             s.locator.size,
             s.sha256,
             confirmed.of(s),

@@ -5,7 +5,7 @@ from cakefs.engine.index import Indexer
 from cakefs.engine.models.adding import CONNECTIONS
 from cakefs.engine.models.sources import HubSource, UrlSource, list_source
 from cakefs.engine.transfer.messages import tokens_for
-from cakefs.errors import UserError
+from cakefs.errors import RemoteUnavailable
 from cakefs.model import Manifest
 from cakefs.remotes.http import HttpRemote
 from cakefs.remotes.wrap import Limit, Log, Retry
@@ -26,6 +26,6 @@ async def compose_source(
 async def read_url(config: Config, token: str | None, url: str, limit: int) -> bytes:
     """A small file of any server. Raises InvalidFormat when it has more than `limit` bytes."""
     if config.offline:
-        raise UserError(f"cannot read {url} offline", hint="leave out --offline and unset HF_HUB_OFFLINE")
+        raise RemoteUnavailable(f"cannot read {url} offline", hint="leave out --offline and unset HF_HUB_OFFLINE")
     async with HttpRemote(tokens=tokens_for(config.endpoint, token)) as http:
         return await http.get_small(url, limit)

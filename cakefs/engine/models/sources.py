@@ -6,7 +6,7 @@ from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from cakefs.config import Config
-from cakefs.errors import UserError
+from cakefs.errors import RemoteUnavailable, UserError
 from cakefs.model import Listing
 from cakefs.remotes import hub, web
 from cakefs.remotes.http import HttpRemote
@@ -50,10 +50,13 @@ def parse_source(text: str, revision: str | None) -> HubSource | UrlSource:
     if re.match(r"https?://", text):
         if revision:
             raise UserError(f"{text} has no revisions", hint="leave out --revision")
+        web.checked_url(text)
         return UrlSource(text)
     repo, at, suffix = text.partition("@")
     if at and revision:
         raise UserError(f"revision given twice: {suffix!r} and {revision!r}")
+    if revision == "":
+        raise UserError("an empty revision", hint="leave out --revision for the default branch")
     if (at and not suffix) or not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
         raise UserError(f"not a model: {text!r}", hint="org/name, org/name@revision, an https:// address, ./directory")
     return HubSource(repo, revision or (suffix if at else None))
@@ -77,9 +80,9 @@ def _plain(part: str) -> str:
 
 
 async def list_source(source: HubSource | UrlSource, config: Config, token: str | None, http: HttpRemote) -> Listing:
-    """Raises NotFound, AccessDenied, RemoteUnavailable; UserError offline."""
+    """Raises NotFound, AccessDenied, RemoteUnavailable."""
     if config.offline:
-        raise UserError("cannot add a model offline", hint="unset HF_HUB_OFFLINE, or cakefs import")
+        raise RemoteUnavailable("cannot add a model offline", hint="unset HF_HUB_OFFLINE, or cakefs import")
     if isinstance(source, UrlSource):
         return await web.list_url(source.url, http, hubs=(config.endpoint, *web.HUBS))
     return await hub.list_repo(source.repo, source.revision, endpoint=config.endpoint, token=token)

@@ -13,7 +13,7 @@ from cakefs.engine.read import EVERY_SOURCE, FileReader, OpenFile, Reading
 from cakefs.engine.serve.demand import Demand
 from cakefs.engine.serve.sizes import Counting
 from cakefs.errors import CakeError, NotFound, StoreFull
-from cakefs.model import File, Literal, Manifest, Source, leaves
+from cakefs.model import File, Literal, Manifest, Source, leaves, without_query
 from cakefs.plan.hubcache import HubPlace, place_of
 from cakefs.plan.wish import Wish
 from cakefs.store.lease import Lease
@@ -242,7 +242,8 @@ class Library:
             about["verified"] = "yes" if published else "no"
         if len(sources) == 1:
             source = manifest.sources[next(iter(sources))]
-            about |= {"source": source.locator.url, "digest": source.identity if not literal else ""}
+            identity = "" if literal else without_query(source.identity)
+            about |= {"source": without_query(source.locator.url), "digest": identity}
         return about
 
     def _confirmed(self, source: Source) -> bool:
