@@ -66,35 +66,32 @@ def sweep(store: Path) -> None:
             shutil.rmtree(new, ignore_errors=True)
 
 
-def check(directory: Path) -> bytes:
-    """Reads all of a catalog; a badly broken one may end the process.
-
-    Returns: A hash of its rows.
-    Raises: CorruptData.
-    """
-    catalog = Catalog.open(directory)
-    try:
-        return catalog.walk()
-    finally:
-        catalog.close()
+def check(directory: Path) -> None:
+    """Reads all of a catalog. Raises CorruptData; a badly broken one may end the process."""
+    with opened(directory) as catalog:
+        catalog.walk()
 
 
 def try_out(directory: Path, empty: Path) -> None:
     """Changes all of a catalog, in a copy of its file: pages that took each other's place, or are in use and free, are
     not met before that. Raises CorruptData, or ends the process, as `check` may."""
+    with opened(directory) as catalog:
+        catalog.copy_file(empty)
+    with opened(empty) as catalog:
+        before = catalog.digest()
+        catalog.rewrite()
+        catalog.walk()
+        if catalog.digest() != before:
+            raise CorruptData(f"catalog {directory} is broken: it does not keep what is written", hint=HINT)
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[Catalog]:
     catalog = Catalog.open(directory)
     try:
-        catalog.copy_file(empty)
+        yield catalog
     finally:
         catalog.close()
-    before = check(empty)
-    catalog = Catalog.open(empty)
-    try:
-        catalog.rewrite()
-    finally:
-        catalog.close()
-    if check(empty) != before:
-        raise CorruptData(f"catalog {directory} is broken: it does not keep what is written", hint=HINT)
 
 
 def check_present(store: Path) -> None:

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -156,20 +157,24 @@ class Environment:
             finally:
                 self._gate.leave()
 
-    def walk(self) -> bytes:
-        """Touches every row. Returns: a hash of them all. Raises CorruptData where they are not in order."""
-        hasher = hashlib.blake2b()
+    def walk(self) -> None:
+        """Touches every row. Raises CorruptData where they are not in order."""
         with self.read() as txn:
             for name, table in self.table.items():
-                before: tuple[bytes, bytes] | None = None
+                many = self._names[name]
+                keys = ((bytes(key), bytes(value) if many else b"") for key, value in txn.cursor(table))
+                if any(after <= before for before, after in pairwise(keys)):
+                    raise _broken(self.path, f"the rows of {name} are not in order")
+
+    def digest(self) -> bytes:
+        """A hash of all rows."""
+        hasher = hashlib.blake2b()
+        with self.read() as txn:
+            for table in self.table.values():
                 for key, value in txn.cursor(table):
                     hasher.update(struct.pack("<QQ", len(key), len(value)))
                     hasher.update(key)
                     hasher.update(value)
-                    row = bytes(key), bytes(value) if self._names[name] else b""
-                    if before is not None and row <= before:
-                        raise _broken(self.path, f"the rows of {name} are not in order")
-                    before = row
         return hasher.digest()
 
     def rewrite(self) -> None:
