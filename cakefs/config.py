@@ -6,17 +6,20 @@ config directory. The Hub's own variables keep their meaning.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 import msgspec
 import platformdirs
+from msgspec import Meta
 
 from cakefs.errors import UserError
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
+LONGEST_S = 86_400.0 * 365
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,7 +36,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     metrics: Where a mount serves its counters for Prometheus: unix:/path or 127.0.0.1:PORT; empty for nowhere.
     stop_grace_s: How long a mount that is told to end lets those who read go on.
     limit: Bytes that the store may take, or text such as "200 GB"; least recently used tensors make room. 0: no limit.
-    hub_cache: The cache of huggingface_hub, where `add` looks first; none is looked at when this is None.
+    hub_cache: The cache of huggingface_hub, where `add` looks first; none is looked at when this is empty.
     readahead: Fetch ahead of the reader, as far as its pattern gives reason; off for measurements.
     """
 
@@ -41,14 +44,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     mountpoint: Path
     endpoint: str = DEFAULT_ENDPOINT
     offline: bool = False
-    read_timeout_s: float = 60.0
-    workers: int = 2
-    connections: int = 4
+    read_timeout_s: Annotated[float, Meta(gt=0, le=LONGEST_S)] = 60.0
+    workers: Annotated[int, Meta(ge=1, le=64)] = 2
+    connections: Annotated[int, Meta(ge=1, le=64)] = 4
     allow_other: bool = False
     on_demand: bool = True
     metrics: str = ""
-    stop_grace_s: float = 60.0
-    limit: int = 0
+    stop_grace_s: Annotated[float, Meta(ge=0, le=LONGEST_S)] = 60.0
+    limit: Annotated[int, Meta(ge=0)] = 0
     hub_cache: Path | None = None
     readahead: bool = True
 
@@ -56,24 +59,40 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def load_config(flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> Config:
     """Merges flags (None = not given), environment and file. Raises UserError naming the setting that is wrong."""
     values: dict[str, Any] = {
-        "store": platformdirs.user_data_path("cakefs"),
-        "mountpoint": Path.home() / "models",
+        "store": _of_user(platformdirs.user_data_path),
+        "mountpoint": "~/models",
         "hub_cache": hub_cache(environ),
         **_from_file(environ),
         **_from_environment(environ),
         **{name: value for name, value in flags.items() if value is not None},
     }
+    values["hub_cache"] = values["hub_cache"] or None
     for name in ("store", "mountpoint", "hub_cache"):
-        values[name] = Path(os.path.abspath(Path(values[name]).expanduser()))
+        values[name] = None if values[name] is None else _absolute(name, values[name])
     if isinstance(values.get("limit"), str):
         values["limit"] = parse_size(values["limit"])
     try:
         config = msgspec.convert(values, Config)
     except msgspec.ValidationError as error:
         raise UserError(f"bad setting: {error}") from error
-    if not re.match(r"https?://[^/]+", config.endpoint):
-        raise UserError(f"bad endpoint {config.endpoint!r}", hint="HF_ENDPOINT looks like https://huggingface.co")
+    _check_endpoint(config.endpoint)
     return msgspec.structs.replace(config, endpoint=config.endpoint.rstrip("/"))
+
+
+def _absolute(name: str, value: object) -> Path:
+    if not isinstance(value, str | Path) or not str(value) or "\0" in str(value):
+        raise UserError(f"bad setting: {name} is no path: {value!r}")
+    return Path(os.path.abspath(os.path.expanduser(value)))
+
+
+def _check_endpoint(endpoint: str) -> None:
+    try:
+        url = urlsplit(endpoint)
+        good = url.scheme in ("http", "https") and url.hostname and url.port != 0
+    except ValueError:  # such as a port that cannot be
+        good = False
+    if not good:
+        raise UserError(f"bad endpoint {endpoint!r}", hint="HF_ENDPOINT looks like https://huggingface.co")
 
 
 def parse_size(text: str) -> int:
@@ -87,7 +106,7 @@ def parse_size(text: str) -> int:
 
 def _from_file(environ: Mapping[str, str]) -> dict[str, Any]:
     named = environ.get("CAKEFS_CONFIG")
-    path = Path(named).expanduser() if named else platformdirs.user_config_path("cakefs") / "config.toml"
+    path = Path(os.path.expanduser(named)) if named else _of_user(platformdirs.user_config_path) / "config.toml"
     try:
         text = path.read_text()
         import tomllib  # only for those who have such a file
@@ -98,7 +117,8 @@ def _from_file(environ: Mapping[str, str]) -> dict[str, Any]:
             raise UserError(f"no such config file: {path}", hint="CAKEFS_CONFIG names it") from None
         return {}
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no TOML
-        raise UserError(f"cannot read config file {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"cannot read config file {path}: {reason}") from error
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -125,4 +145,12 @@ def hub_cache(environ: Mapping[str, str]) -> Path:
 
 def log_directory() -> Path:
     """Where a mount in the background writes its log."""
-    return platformdirs.user_log_path("cakefs")
+    return _of_user(platformdirs.user_log_path)
+
+
+def _of_user(place: Callable[[str], Path]) -> Path:
+    """A directory of this user's."""
+    try:
+        return place("cakefs")
+    except RuntimeError as error:  # one without a home, as in some containers
+        raise UserError("your home directory is not known", hint="set HOME") from error

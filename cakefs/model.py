@@ -56,6 +56,10 @@ class SpanKey(NamedTuple):
     def size(self) -> int:
         return self.stop - self.start
 
+    def __str__(self) -> str:
+        """As messages and logs have it."""
+        return f"bytes {self.start}-{self.stop} of {without_query(self.identity)}"
+
 
 class Locator(Struct, frozen=True, array_like=True):
     """Where an upstream file lives before we have it.

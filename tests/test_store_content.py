@@ -140,7 +140,7 @@ def test_a_flipped_byte_is_never_served(store: Store, caplog: pytest.LogCaptureF
     assert source.missing(0, source.size) == [1]
     assert not source.complete
     assert len(caplog.records) == 1, "said once"
-    assert f"{8 + CHUNK}..{8 + 2 * CHUNK}" in caplog.text
+    assert f"bytes {8 + CHUNK}-{8 + 2 * CHUNK} of" in caplog.text
     store.write_chunk(SPAN, 1, chunks(THREE)[1])
     assert read(source, 0, len(THREE)) == THREE, "the repair is seen by those who have the file open"
     assert source.complete

@@ -68,7 +68,7 @@ def import_what(
     config = config_of(args)
     many = what in (importing.HUB_CACHE, importing.OLLAMA)
     if not many:
-        name = model_name(path_name(Path(what).expanduser()) if name is None else name)
+        name = model_name(path_name(Path(os.path.expanduser(what))) if name is None else name)
 
     async def body(app: "App") -> "Imported":
         found, skipped = await trio.to_thread.run_sync(importing.find, what, name, config, os.environ)

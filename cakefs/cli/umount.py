@@ -24,7 +24,8 @@ def run(args: argparse.Namespace, out: Out) -> int:
     try:
         umount(path)
         if server is not None and not select.select([server], [], [], END_TIMEOUT_S)[0]:
-            out.note(f"{path} is unmounted; its process is still finishing transfers")
+            why = "it finishes transfers, or another mount namespace has the mount, too"
+            out.note(f"{path} is unmounted here; its process goes on: {why}")
     finally:
         if server is not None:
             os.close(server)

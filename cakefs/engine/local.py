@@ -74,9 +74,9 @@ def stream(store: Store, key: SpanKey, buffer: memoryview) -> Iterator[memoryvie
     """
     content = store.content(key)
     if content is None and key.size:
-        raise CorruptData(f"{_words(key)} is not in the store")
+        raise CorruptData(f"{key} is not in the store")
     if content is not None:
-        yield from _stream(content, _words(key), buffer)
+        yield from _stream(content, str(key), buffer)
 
 
 def stream_blob(store: Store, digest: Digest, buffer: memoryview) -> Iterator[memoryview]:
@@ -96,7 +96,3 @@ def _stream(content: Content, what: str, buffer: memoryview) -> Iterator[memoryv
             yield piece
     finally:
         content.close()
-
-
-def _words(key: SpanKey) -> str:
-    return f"bytes {key.start}-{key.stop} of {key.identity}"

@@ -90,7 +90,7 @@ class Store:
 
         A blob whose file is gone or of the wrong size is forgotten.
         """
-        with translated(f"open bytes {key.start}..{key.stop} of {key.identity} in {self.path}"):
+        with translated(f"open {key} in {self.path}"):
             while True:
                 record = self.catalog.find(key)
                 if record is not None:
@@ -134,7 +134,7 @@ class Store:
     def clonable(self, key: SpanKey) -> Descriptor | None:
         """The immutable file with exactly the bytes of a sealed span; None where they are in no file of their own."""
         record = self.catalog.find(key)
-        with translated(f"open bytes {key.start}..{key.stop} of {key.identity} in {self.path}"):
+        with translated(f"open {key} in {self.path}"):
             return None if record is None or record.inline is not None else self.blobs.open(record)
 
     # Writing
@@ -148,7 +148,7 @@ class Store:
         Raises: CorruptData: The span is sealed, the chunk damaged, and these bytes are not the ones that were sealed.
         """
         if len(data) != chunk_size(key.size, chunk) or not 0 <= chunk < chunk_count(key.size):
-            raise ValueError(f"{len(data)} bytes for chunk {chunk} of {key}")
+            raise ValueError(f"{len(data)} bytes for chunk {chunk} of {key!r}")
         with translated(f"write to {self.path}"):
             while True:
                 record = self._record(key)
@@ -184,7 +184,7 @@ class Store:
         with translated(f"write to {self.path}"):
             for key, data in spans:
                 if len(data) != key.size or not data:
-                    raise ValueError(f"{len(data)} bytes for {key}")
+                    raise ValueError(f"{len(data)} bytes for {key!r}")
                 if self._record(key) is not None:
                     continue
                 if len(data) <= INLINE_LIMIT:
@@ -404,10 +404,7 @@ class Store:
         if chunk_sum(data) != memoryview(record.sums).cast("Q")[chunk]:
             if self._is_good(key, record, chunk):
                 return  # Two processes were sent different bytes: which ones are wrong, the file's hash tells.
-            raise CorruptData(
-                f"chunk {chunk} of bytes {key.start}..{key.stop} of {key.identity} is not what {record.digest} has",
-                hint="cakefs verify --repair",
-            )
+            raise CorruptData(f"chunk {chunk} of {key} is not what {record.digest} has", hint="cakefs verify --repair")
         (self.blobs.refuse if record.places else self.blobs.rewrite)(record, chunk, data)
 
     def _is_good(self, key: SpanKey, record: BlobRecord, chunk: int) -> bool:
@@ -419,8 +416,8 @@ class Store:
 
 def _report(key: SpanKey, chunk: int) -> None:
     start = key.start + (chunk << CHUNK_SHIFT)
-    stop = min(key.stop, start + CHUNK)
-    _log.warning("bytes %d..%d of %s do not match their recorded sum: to be fetched again", start, stop, key.identity)
+    damaged = SpanKey(key.identity, start, min(key.stop, start + CHUNK))
+    _log.warning("%s do not match their recorded sum: to be fetched again", damaged)
 
 
 def _literal_key(data: bytes) -> SpanKey:

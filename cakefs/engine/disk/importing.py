@@ -45,7 +45,7 @@ def find(what: str, name: str | None, config: Config, environ: Mapping[str, str]
             return hubcache.find(cache, config.endpoint)
         if what == OLLAMA:
             return ollama.find(_there(ollama.locations(environ), "Ollama store"))
-        found, skipped = folder.find(Path(what).expanduser(), name or "")
+        found, skipped = folder.find(Path(os.path.expanduser(what)), name or "")
         return [found], skipped
     except OSError as error:
         raise CakeError(f"cannot read {error.filename}: {error.strerror}") from error

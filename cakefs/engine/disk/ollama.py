@@ -38,8 +38,8 @@ _NAMES = {  # what a layer is → the name of its file
 def locations(environ: Mapping[str, str]) -> list[Path]:
     """Where the store may be: as Ollama looks for it, and where its system service keeps it."""
     if named := environ.get("OLLAMA_MODELS"):
-        return [Path(named).expanduser()]
-    return [Path("~/.ollama/models").expanduser(), Path("/usr/share/ollama/.ollama/models")]
+        return [Path(os.path.expanduser(named))]
+    return [Path(os.path.expanduser("~/.ollama/models")), Path("/usr/share/ollama/.ollama/models")]
 
 
 def find(root: Path) -> tuple[list[Found], list[Skipped]]:

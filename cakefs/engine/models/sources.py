@@ -1,5 +1,6 @@
 """What a user calls a source -> a listing of the files there. The only place that tells kinds of sources apart."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +36,7 @@ def local_path(text: str) -> Path | None:
     named = text.startswith(("/", "./", "../", "~")) or text in (".", "..")
     url = re.match(r"https?://", text)
     if named or (not url and text.endswith((".safetensors", ".gguf")) and Path(text).exists()):
-        return Path(text).expanduser()
+        return Path(os.path.expanduser(text))
     return None
 
 
