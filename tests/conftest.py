@@ -43,6 +43,7 @@ _ABSENT = "is not added on demand: "
 PROVOKED = {
     "test_api": f"{_UPSTREAM}|{_ABSENT}",
     "test_cli_e2e": f"{_STORE}|{_UPSTREAM}|{_FULL}",
+    "test_corruption": _STORE,
     "test_demand": _ABSENT,
     "test_engine": f"{_UPSTREAM}|{_FULL}|a transfer process ended",
     "test_engine_worker": _STORE,
@@ -52,6 +53,7 @@ PROVOKED = {
     "test_fs_mount.py::test_failed_reads": "unexpected failure|Traceback",
     "test_fs_ops": "unexpected failure",
     "test_fsspec": _ABSENT,
+    "test_hashes.py::test_a_damaged_blob_gets_no_hash": f"{_STORE}|no longer matches its digest",
     "test_hashes": f"{_UPSTREAM}|what is claimed of its tensors is wrong",
     "test_import": f"{_STORE}|does not have the bytes that its name promises",
     "test_model": _UPSTREAM,

@@ -190,7 +190,9 @@ def test_the_status_of_a_service_that_does_not_run_says_nothing_of_one_that_did(
 
 
 @needs_systemd
-def test_a_killed_service_leaves_errors_and_works_again_by_itself(installed: Session) -> None:
+@pytest.mark.parametrize("ended", ["killed", "restarted"])
+def test_a_killed_service_leaves_errors_and_works_again_by_itself(installed: Session, ended: str) -> None:
+    """Restarted is what makes an update of cakefs take effect."""
     holder = subprocess.Popen(
         installed.command("sh", "-c", f"exec 3<{MOUNT}/.cakefs/status.json; echo; exec sleep 1000"),
         env=installed.environment,
@@ -199,9 +201,13 @@ def test_a_killed_service_leaves_errors_and_works_again_by_itself(installed: Ses
     try:
         assert holder.stdout is not None and holder.stdout.readline() == b"\n"
         before = installed.show("cakefs", "MainPID")
-        os.kill(int(before), signal.SIGKILL)
-        assert eventually(lambda: installed.show("cakefs", "NRestarts") == "1", 30)
-        assert eventually(lambda: installed.show("cakefs", "ActiveState") == "active", 30)
+        if ended == "killed":
+            os.kill(int(before), signal.SIGKILL)
+            assert eventually(lambda: installed.show("cakefs", "NRestarts") == "1", 30)
+            assert eventually(lambda: installed.show("cakefs", "ActiveState") == "active", 30)
+        else:
+            installed.run("systemctl", "--user", "restart", "cakefs")
+        assert installed.show("cakefs", "MainPID") != before
         assert installed.run("ls", "-a", MOUNT).stdout.split() == [".", "..", ".cakefs"]
         read = installed.run("timeout", "10", "cat", f"/proc/{holder.pid}/fd/3", check=False)
         assert read.returncode == 1 and "timeout" not in read.stderr, "an error, not a hang"

@@ -25,7 +25,7 @@ import trio
 from cakefs.cli.watch import frame
 from cakefs.engine.serve.metrics import COUNTER, GAUGE, KEYS, render
 from cakefs.engine.serve.scrape import check_address, exporting
-from cakefs.engine.serve.sizes import NOTHING, Counting, count
+from cakefs.engine.serve.sizes import Counting, count
 from cakefs.errors import CakeError, UserError
 from tests.fs_child import eventually
 from tests.hub import Hub
@@ -60,6 +60,9 @@ def cakefs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cakefs]:
 def test_each_key_of_a_mount_is_documented_and_the_other_way_round(cakefs: Cakefs, tmp_path: Path) -> None:
     sock = tmp_path / "metrics"
     with cakefs.mounted("--metrics", f"unix:{sock}") as mount:
+        first = cakefs.status()
+        counted = {first[key] is not None for key in ("sizes_as_of", "stored_bytes", "saved_bytes")}
+        assert len(counted) == 1, "nothing is 0 that was not counted yet"
         (mount / "org/one/model.safetensors").read_bytes()
         assert eventually(lambda: cakefs.status()["sizes_as_of"] is not None)
         status = cakefs.status()
@@ -221,9 +224,9 @@ def test_the_store_is_counted_by_a_child_only_while_somebody_looks(cakefs: Cakef
         counting = Counting(cakefs.store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(counting.run)
-            assert counting.latest() == NOTHING
+            assert counting.latest() is None
             with trio.fail_after(60):
-                while (found := counting.latest()) == NOTHING:  # noqa: ASYNC110  it has no event for this
+                while (found := counting.latest()) is None:  # noqa: ASYNC110  it has no event for this
                     await trio.sleep(0.05)
             assert found._replace(as_of=0) == expected._replace(as_of=0)
             nursery.cancel_scope.cancel()
@@ -245,7 +248,7 @@ def test_a_store_that_cannot_be_counted_is_said_and_the_last_count_stays(
                 while not caplog.records:  # noqa: ASYNC110
                     await trio.sleep(0.05)
                 scope.cancel()
-        assert counting.latest() == NOTHING
+        assert counting.latest() is None
 
     trio.run(main)
     assert "cannot count what is local" in caplog.text and "99" in caplog.text

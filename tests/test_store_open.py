@@ -134,6 +134,18 @@ def python(code: str, *arguments: str | Path) -> str:
     return subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True).stdout
 
 
+@pytest.mark.parametrize("table", ["models", "spans"])
+def test_a_catalog_that_lost_a_table_is_broken_and_no_empty_one(tmp_path: Path, table: str) -> None:
+    with Store.open(tmp_path / "store", map_size=MAP_SIZE) as store:
+        store.catalog.put_model(manifest("model"))
+    with lmdb.Environment(str(tmp_path / "store/catalog"), max_dbs=20) as env:
+        lost = env.open_db(table.encode(), create=False)
+        with env.begin(write=True) as txn:
+            txn.drop(lost)
+    with pytest.raises(CorruptData, match=f"no table {table}"):
+        Store.open(tmp_path / "store", map_size=MAP_SIZE)
+
+
 def test_a_fork_must_not_use_the_store(tmp_path: Path) -> None:
     assert python(FORK, tmp_path) == "2 {}\n"
 

@@ -57,16 +57,19 @@ def told(found: Recovered) -> list[str]:
 
 
 def _is_broken(store: Path) -> bool:
-    """Whether it cannot be read from end to end: told by an error, or by the end of who tried."""
-    command = python_command("cakefs.engine.recover", str(store))
-    code = subprocess.run(command, env=child_environment(), capture_output=True, check=False).returncode
+    """Whether it cannot be read, or changed, from end to end: told by an error, or by the end of who tried."""
+    with backup.scratch(store) as empty:
+        command = python_command("cakefs.engine.recover", str(store), str(empty))
+        code = subprocess.run(command, env=child_environment(), capture_output=True, check=False).returncode
     return code == CorruptData.exit_code or code < 0
 
 
 def main() -> int:
+    store, empty = map(Path, sys.argv[1:])
     try:
-        backup.check_present(Path(sys.argv[1]))
-        backup.check(Path(sys.argv[1]) / "catalog")
+        backup.check_present(store)
+        backup.check(store / "catalog")
+        backup.try_out(store / "catalog", empty)
     except CakeError as error:
         return error.exit_code
     return 0

@@ -1,7 +1,7 @@
 """A copy of the catalog, from which one that broke is made again: which bytes belong where is written nowhere else.
 
     backup/data.mdb     the catalog as it was some minutes ago
-    backup/new/         the next copy, while it is made
+    backup/new/         the next copy, while it is made; or one that is tried out
 
 A copy that is old does no harm: each of its rows is checked against what is there when it is used (sums of chunks,
 sizes, stamps of borrowed files). What was added or sealed since then is not in it, and is added or fetched again.
@@ -11,6 +11,8 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cakefs.errors import CakeError, CorruptData
@@ -31,22 +33,30 @@ def keep(store: Path, catalog: Catalog) -> None:
     """Makes a copy, if there is news and no recent one. One that cannot be made (a full disk) is made another time."""
     if catalog.readonly or not catalog.changed or _is_recent(copy_path(store), catalog.used_bytes):
         return
-    new = store / "backup" / "new"
     try:
-        new.parent.mkdir(mode=0o700, exist_ok=True)
-        with locked(store / "backup.lock"):
-            shutil.rmtree(new, ignore_errors=True)
-            new.mkdir(mode=0o700)
+        with scratch(store) as new:
             catalog.copy(new)
             check(new)
             os.chmod(new / "data.mdb", 0o600)
             sync_file(new / "data.mdb")
             os.replace(new / "data.mdb", copy_path(store))
             sync_directories([new.parent, store])
-            shutil.rmtree(new)
     except (CakeError, OSError) as error:
         _log.info("no copy of the catalog: %s", error)
+
+
+@contextmanager
+def scratch(store: Path) -> Iterator[Path]:
+    """An empty directory for a catalog that is looked at, ours alone, and gone afterwards."""
+    new = store / "backup" / "new"
+    new.parent.mkdir(mode=0o700, exist_ok=True)
+    with locked(store / "backup.lock"):
         shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        try:
+            yield new
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
 
 
 def sweep(store: Path) -> None:
@@ -58,9 +68,28 @@ def sweep(store: Path) -> None:
 
 def check(directory: Path) -> None:
     """Reads all of a catalog. Raises CorruptData; a badly broken one may end the process."""
+    with opened(directory) as catalog:
+        catalog.walk()
+
+
+def try_out(directory: Path, empty: Path) -> None:
+    """Changes all of a catalog, in a copy of its file: pages that took each other's place, or are in use and free, are
+    not met before that. Raises CorruptData, or ends the process, as `check` may."""
+    with opened(directory) as catalog:
+        catalog.copy_file(empty)
+    with opened(empty) as catalog:
+        before = catalog.digest()
+        catalog.rewrite()
+        catalog.walk()
+        if catalog.digest() != before:
+            raise CorruptData(f"catalog {directory} is broken: it does not keep what is written", hint=HINT)
+
+
+@contextmanager
+def opened(directory: Path) -> Iterator[Catalog]:
     catalog = Catalog.open(directory)
     try:
-        catalog.walk()
+        yield catalog
     finally:
         catalog.close()
 

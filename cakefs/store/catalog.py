@@ -46,6 +46,7 @@ TABLES = {
     **_BORROWED_TABLES,
     **distances.TABLES,
 }
+REQUIRED = ("meta", "models", "manifests", "identities", "spans", "refs", "blobs", "verified")
 
 _LONGEST_KEY = 511  # LMDB's limit
 _BLOB = struct.Struct("<QI")
@@ -96,7 +97,7 @@ class Catalog:
 
     @classmethod
     def open(cls, directory: Path, *, map_size: int = MAP_SIZE) -> "Catalog":
-        return cls(Environment.open(directory, TABLES, map_size=map_size))
+        return cls(Environment.open(directory, TABLES, REQUIRED, map_size=map_size))
 
     def close(self) -> None:
         self._env.close()
@@ -127,6 +128,18 @@ class Catalog:
         with self._read() as txn:
             for id in txn.cursor(self._env.table["manifests"]).iternext(values=False):
                 self._encoded(txn, str(id, "ascii"))
+
+    def digest(self) -> bytes:
+        """Of all rows."""
+        return self._env.digest()
+
+    def copy_file(self, directory: Path) -> None:
+        """As `Environment.copy_file`."""
+        self._env.copy_file(directory)
+
+    def rewrite(self) -> None:
+        """As `Environment.rewrite`."""
+        self._env.rewrite()
 
     # Models and manifests
 

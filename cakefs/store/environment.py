@@ -7,12 +7,16 @@ starts small and doubles, for which all other transactions of this process have 
 """
 
 import errno
+import hashlib
 import os
 import secrets
+import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -63,19 +67,23 @@ class Environment:
         readonly: On a read-only file system: reads work, writes raise UserError.
     """
 
-    def __init__(self, path: Path, tables: Mapping[str, bool], map_size: int) -> None:
+    def __init__(self, path: Path, tables: Mapping[str, bool], required: Collection[str], map_size: int) -> None:
         self.path = path
         self.readonly = False
         self.table: dict[str, Table] = {}
         self._names = tables
+        self._required = required
         self._users = 0
         self._pid = os.getpid()
         self._gate = _Gate()
         self._connect(map_size)
 
     @classmethod
-    def open(cls, path: Path, tables: Mapping[str, bool], *, map_size: int = MAP_SIZE) -> "Environment":
-        """Opens or creates; `tables` maps names to whether a key has many values.
+    def open(
+        cls, path: Path, tables: Mapping[str, bool], required: Collection[str], *, map_size: int = MAP_SIZE
+    ) -> "Environment":
+        """Opens or creates; `tables` maps names to whether a key has many values. No environment is without those that
+        are required.
 
         Raises:
             UserError: It may not be read.
@@ -86,7 +94,7 @@ class Environment:
             env = _registry.get(path)
             if env is None:
                 with _translated(path):
-                    env = _registry[path] = cls(path, tables, map_size)
+                    env = _registry[path] = cls(path, tables, required, map_size)
             env._check_process()
             env._users += 1
             return env
@@ -150,11 +158,35 @@ class Environment:
                 self._gate.leave()
 
     def walk(self) -> None:
-        """Touches every row."""
+        """Touches every row. Raises CorruptData where they are not in order."""
+        with self.read() as txn:
+            for name, table in self.table.items():
+                many = self._names[name]
+                keys = ((bytes(key), bytes(value) if many else b"") for key, value in txn.cursor(table))
+                if any(after <= before for before, after in pairwise(keys)):
+                    raise _broken(self.path, f"the rows of {name} are not in order")
+
+    def digest(self) -> bytes:
+        """A hash of all rows."""
+        hasher = hashlib.blake2b()
         with self.read() as txn:
             for table in self.table.values():
-                for _ in txn.cursor(table):
-                    pass
+                for key, value in txn.cursor(table):
+                    hasher.update(struct.pack("<QQ", len(key), len(value)))
+                    hasher.update(key)
+                    hasher.update(value)
+        return hasher.digest()
+
+    def rewrite(self) -> None:
+        """Writes every row once more, as it is: some damage is met only by who changes a page. May end the process."""
+        for name, table in self.table.items():
+            with self.read() as txn:
+                keys = [(bytes(key), bytes(value) if self._names[name] else None) for key, value in txn.cursor(table)]
+            self.write(partial(_put_again, keys=keys, table=table))
+
+    def copy_file(self, directory: Path) -> None:
+        """The file itself, as it is now, with all damage: nobody writes to it meanwhile."""
+        self.write(lambda txn: shutil.copy(self.path / "data.mdb", directory))
 
     def _write_once(self, work: "Callable[[Transaction], T]") -> T:
         self._gate.enter()
@@ -200,11 +232,27 @@ class Environment:
         self._began = self._env.info()["last_txnid"]
         self._hold_up()
         self._env.reader_check()  # slots of killed processes would keep old pages from being reused
-        # Without a transaction of ours: handles opened in a read transaction are lost when py-lmdb resets it for reuse.
-        self.table = {
-            name: self._env.open_db(name.encode(), dupsort=dupsort, create=not self.readonly)
-            for name, dupsort in self._names.items()
-        }
+        self.table = self._open_tables()
+
+    def _open_tables(self) -> dict[str, "Table"]:
+        """Makes those that are not there: all in a new environment, in one that has tables only what later versions
+        added. One that lost others is broken, and no empty one."""
+        new = not self._env.stat()["entries"]
+        missing = []
+        found: dict[str, Table] = {}
+        for name, dupsort in self._names.items():
+            try:
+                # Without a transaction of ours: handles opened in a read transaction are lost when py-lmdb resets it.
+                found[name] = self._env.open_db(name.encode(), dupsort=dupsort, create=False)
+            except lmdb.NotFoundError:
+                if self.readonly or (name in self._required and not new):
+                    raise lmdb.CorruptedError(f"it has no table {name}") from None
+                missing.append(name)
+        if missing:
+            with self._env.begin(write=True) as txn:  # all or none: a kill must not leave a part of them
+                for name in missing:
+                    found[name] = self._env.open_db(name.encode(), txn=txn, dupsort=self._names[name], create=True)
+        return found
 
     def _hold_up(self) -> None:
         """A file that was cut short ends whoever reads its map; with room in it, what is lost there is an error."""
@@ -241,6 +289,14 @@ class Environment:
     def _check_process(self) -> None:
         if self._pid != os.getpid():
             raise RuntimeError("a store does not survive a fork: execute a new process that opens it")
+
+
+def _put_again(txn: "Transaction", keys: list[tuple[bytes, bytes | None]], table: "Table") -> None:
+    for key, value in keys:
+        again = txn.get(key, db=table) if value is None else value
+        if again is None:
+            raise lmdb.CorruptedError("a row is not found by its key")
+        txn.put(key, bytes(again), db=table)
 
 
 def _make(path: Path) -> None:

@@ -150,6 +150,22 @@ def page(kind: str, number: int, write: Callable[[int], bytes]) -> Callable[[Pla
     return hurt
 
 
+def swap_pages(one: int, other: int, *, numbered: bool) -> Callable[[Place], None]:
+    """Two pages of trees change places; `numbered`: each has the number of its new place, as it should."""
+
+    def hurt(place: Place) -> None:
+        found = [at for kind in ("leaf", "branch") for at in pages(catalog(place), kind)]
+        first, second = found[one % len(found)], found[other % len(found)]
+        data = catalog(place).read_bytes()
+        kept = 8 if numbered else 0
+        with catalog(place).open("r+b") as file:
+            for to, of in ((first, second), (second, first)):
+                file.seek(to + kept)
+                file.write(data[of + kept : of + PAGE])
+
+    return hurt
+
+
 def noise(size: int) -> bytes:
     return random.Random(8).randbytes(size)
 
@@ -187,6 +203,13 @@ DAMAGES |= {
     f"page-{kind}-{write.__name__}": Damage("pulled", page(kind, number, write), fill, ends=True)
     for number, kind in enumerate([*KINDS, "meta"])
     for write in (bytes, noise)
+}
+DAMAGES |= {
+    f"pages-{'numbered' if numbered else 'swapped'}-{one}-{other}": Damage(
+        "pulled", swap_pages(one, other, numbered=numbered), fill, ends=True
+    )
+    for numbered in (False, True)
+    for one, other in ((10, 9), (10, 4), (16, 4), (1, 29))
 }
 DAMAGES |= {f"bits-{seed}": Damage("pulled", bits(seed), ends=True) for seed in range(4)}
 DAMAGES |= {

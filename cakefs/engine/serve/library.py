@@ -197,10 +197,10 @@ class Library:
             "hit_rate": round(reads.hits / reads.reads, 4) if reads.reads else None,
             "served_per_s": round((now[1] - then[1]) / seconds),
             "fetched_per_s": round((now[2] - then[2]) / seconds),
-            "stored_bytes": sizes.stored_bytes,
-            "saved_bytes": sizes.saved_bytes,
-            "sizes_as_of": sizes.as_of,
-            "per_model": {name: size._asdict() for name, size in sizes.models.items()},
+            "stored_bytes": sizes and sizes.stored_bytes,
+            "saved_bytes": sizes and sizes.saved_bytes,
+            "sizes_as_of": sizes and sizes.as_of,
+            "per_model": {name: size._asdict() for name, size in sizes.models.items()} if sizes else {},
         }
 
     def _sample(self) -> tuple[float, int, int]:

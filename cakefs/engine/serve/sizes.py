@@ -36,16 +36,13 @@ class Sizes(NamedTuple):
     """Attributes:
     stored_bytes: What the store takes: blobs, and what is unfinished.
     saved_bytes: What plain copies of all that is local of each model would take beyond that.
-    as_of: Unix seconds; None before the first count.
+    as_of: Unix seconds.
     """
 
     models: dict[str, ModelSize]
     stored_bytes: int
     saved_bytes: int
-    as_of: int | None
-
-
-NOTHING = Sizes({}, 0, 0, None)
+    as_of: int
 
 
 def count(store: Path) -> Sizes:
@@ -62,10 +59,11 @@ class Counting:
 
     def __init__(self, store: Path) -> None:
         self._store = store
-        self._latest = NOTHING
+        self._latest: Sizes | None = None
         self._wanted = trio.Event()
 
-    def latest(self) -> Sizes:
+    def latest(self) -> Sizes | None:
+        """None before the first time."""
         self._wanted.set()
         return self._latest
 
