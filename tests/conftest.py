@@ -23,7 +23,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from tests.hub import Hub  # noqa: E402
-from tests.mounts import AMISS  # noqa: E402
+from tests.mounts import AMISS, FETCHING  # noqa: E402
 
 # Whoever runs the tests in the background may have these ignored, and programs that we start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,7 +37,7 @@ settings.load_profile("cakefs")
 # What cakefs warns of in tests that provoke it, by the beginning of their names. Nothing else may be said in any test,
 # by this process or by one that it starts, commands among them.
 _STORE = "do not match their recorded sum|is gone or damaged as a whole|is gone or has changed"
-_UPSTREAM = r"bytes \d+-\d+ of |the bytes do not have the published hash|came wrong, and is fetched again"
+_UPSTREAM = f"{FETCHING}|the bytes do not have the published hash|came wrong, and is fetched again"
 _FULL = "the store is full|not sealed, still served"
 _ABSENT = "is not added on demand: "
 PROVOKED = {

@@ -22,7 +22,8 @@ needs_fuse = pytest.mark.skipif(not os.access("/dev/fuse", os.R_OK | os.W_OK), r
 SURVIVED = r"Traceback|Exception ignored|never awaited|\w+Warning: "
 AMISS = re.compile(SURVIVED + r"|^([-\d]+ [\d:,]+ \d+ )?(WARNING|ERROR|CRITICAL) |^warning: ")
 # What a mount and its transfer processes say of an upstream that misbehaves.
-UPSTREAM = r"(WARNING|ERROR) (bytes \d+-\d+ of |cannot read |\S+ came wrong|sha256:\w+: the bytes do not have)"
+FETCHING = r"bytes \d+-\d+ of (?!.* recorded sum)"
+UPSTREAM = rf"(WARNING|ERROR) ({FETCHING}|cannot read |\S+ came wrong|sha256:\w+: the bytes do not have)"
 # What it says of a name that cannot be had.
 NOT_TO_BE_HAD = r"WARNING \S+ is not added on demand: "
 
