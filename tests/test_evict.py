@@ -16,18 +16,20 @@ from hypothesis import strategies as st
 from cakefs.app import open_app
 from cakefs.config import load_config, parse_size
 from cakefs.engine import jobs
-from cakefs.engine.evict import room_plan
+from cakefs.engine.evict import make_room, room_plan
 from cakefs.engine.held import held
 from cakefs.engine.serve import library
 from cakefs.engine.transfer.quota import left_free
 from cakefs.errors import StoreFull, UserError
 from cakefs.model import CHUNK, MIB, Locator, Manifest, Source, SpanKey, View
 from cakefs.plan.evict import HEADER_LIMIT, Resident, evictable, plan_eviction, shown_by
+from cakefs.store.content import FileContent
 from cakefs.store.store import Store
 from tests.hub import Hub
 from tests.inside import Inside
 from tests.models import CONFIG, single, tensor
 from tests.mounts import Cakefs, needs_fuse
+from tests.reference_model import read_range
 
 SIZE = 3 * CHUNK + 4000  # Of a tensor; large enough to be cut into chunks.
 LIMIT = 32_000_000  # Not quite two models of six such tensors, with what is left free for transfers.
@@ -68,11 +70,31 @@ def stored(cakefs: Cakefs) -> int:
     return 512 * sum(blocks.values())
 
 
-def age(cakefs: Cakefs, hours: int) -> None:
-    """Makes all that is in the store unused for so long."""
+def files(cakefs: Cakefs) -> dict[str, list[Path]]:
+    """Where the bytes of tensors lie, whole or begun."""
+    return {"blobs": list((cakefs.store / "blobs").glob("??/*")), "partials": partials(cakefs)}
+
+
+def partials(cakefs: Cakefs) -> list[Path]:
+    return list((cakefs.store / "partial").glob("*.data"))
+
+
+def age(cakefs: Cakefs, hours: int, *kinds: str) -> None:
+    """Makes all that is in the store, or all of these kinds, unused for so long."""
     then = time.time() - 3600 * hours
-    for path in (cakefs.store / "blobs").glob("??/*"):
+    for path in (path for kind, paths in files(cakefs).items() if kind in (kinds or files(cakefs)) for path in paths):
         os.utime(path, (then, path.stat().st_mtime))
+
+
+def begin(path: Path, data: bytes) -> int:
+    """Reads a byte of each tensor of a file, so that one chunk of it comes. Returns: how many tensors."""
+    size = int.from_bytes(data[:8], "little")
+    places = [entry["data_offsets"][0] for entry in json.loads(data[8 : 8 + size]).values()]
+    with path.open("rb", buffering=0) as file:
+        for place in places:
+            at = 8 + size + place + CHUNK + CHUNK // 2
+            assert os.pread(file.fileno(), 1, at) == data[at : at + 1]
+    return len(places)
 
 
 def test_evicted_bytes_are_fetched_again_and_the_model_stays(hub: Hub, cakefs: Cakefs) -> None:
@@ -198,6 +220,33 @@ def test_bytes_that_go_while_they_are_pulled_are_no_false_bytes(
         trio.run(pull)
 
 
+def test_a_reader_goes_on_when_what_it_has_open_is_evicted(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As happens where one opens a tensor at the very moment at which another process gives it up."""
+    cakefs = Inside(tmp_path, hub)
+    data = published(hub, cakefs, "org/one", 1, pull=False)
+    monkeypatch.setattr(FileContent, "note_use", lambda content: None)
+    gone: set[str | SpanKey] = set()
+
+    async def serve() -> None:
+        config = load_config({"store": cakefs.store, "endpoint": hub.endpoint})
+        async with open_app(config) as app, app.library() as models:
+            manifest_id = models.names()["org/one"]
+            reader = models.open(manifest_id, models.manifest(manifest_id).shown(View.MODEL)["model.safetensors"])
+            for at in range(0, len(data), CHUNK // 2):
+                assert await read_range(reader, at, CHUNK // 2) == data[at : at + CHUNK // 2]
+                gone.update(app.store.evict([key for key, _ in app.store.partials()]))
+            for at in range(0, len(data), CHUNK):
+                assert await read_range(reader, at, CHUNK) == data[at : at + CHUNK]
+            reader.close()
+
+    trio.run(serve)
+    assert len(gone) == 3
+    assert cakefs.run("verify").returncode == 0
+    assert cakefs.told("ls")[0]["complete"]
+
+
 def damaged_and_mended(cakefs: Cakefs) -> None:
     """What was damaged is set aside."""
     for name in blobs(cakefs):
@@ -308,6 +357,73 @@ class TestMounted:
             assert (done["bytes"], len(done["in_use"])) == (0, 3)
             assert cakefs.json("ls")[0]["complete"]
 
+    def test_tensors_of_which_a_part_is_here_make_room(self, hub: Hub, cakefs: Cakefs) -> None:
+        """A store that is full of such, and nothing else."""
+        old = published(hub, cakefs, "org/old", 1, tensors=25, pull=False)
+        new = published(hub, cakefs, "org/new", 2, tensors=5, pull=False)
+        with cakefs.mounted() as mountpoint:
+            count = begin(mountpoint / "org/old/model.safetensors", old)
+        assert (len(partials(cakefs)), blobs(cakefs)) == (count, {})
+        assert LIMIT - len(new) < stored(cakefs) < LIMIT
+        age(cakefs, 2)
+        with cakefs.mounted("--limit", str(LIMIT)) as mountpoint:
+            assert (mountpoint / "org/new/model.safetensors").read_bytes() == new
+            assert stored(cakefs) <= LIMIT
+            left = len(partials(cakefs))
+            assert 0 < left < count, "as many as need be"
+            begin(mountpoint / "org/old/model.safetensors", old)
+        states = {m["name"]: m for m in cakefs.json("ls")}
+        assert states["org/new"]["complete"], "kept as it came"
+
+    @pytest.mark.parametrize("older", ["blobs", "partials"])
+    def test_what_was_used_least_recently_goes_first_whatever_it_is(self, hub: Hub, cakefs: Cakefs, older: str) -> None:
+        published(hub, cakefs, "org/whole", 1)
+        data = published(hub, cakefs, "org/begun", 2, pull=False)
+        with cakefs.mounted() as mountpoint:
+            begin(mountpoint / "org/begun/model.safetensors", data)
+        age(cakefs, 1)
+        age(cakefs, 2, older)
+        before = files(cakefs)
+        with Store.open(cakefs.store) as store:
+            make_room(store, 2 * MIB, stored(cakefs))
+        gone = {kind for kind, left in files(cakefs).items() if len(left) < len(before[kind])}
+        assert gone == {older}
+
+    def test_evict_gives_up_a_tensor_of_which_a_part_is_here(self, hub: Hub, cakefs: Cakefs) -> None:
+        data = published(hub, cakefs, "org/one", 1, pull=False)
+        with cakefs.mounted() as mountpoint:
+            begin(mountpoint / "org/one/model.safetensors", data)
+        before = stored(cakefs)
+        plan = cakefs.json("evict", "org/one", "--dry-run")
+        assert (len(partials(cakefs)), stored(cakefs)) == (3, before)
+        done = cakefs.json("evict", "org/one")
+        assert done == plan | {"dry_run": False}
+        assert (done["bytes"], len(done["partials"]), done["blobs"], done["in_use"]) == (before, 3, [], [])
+        assert (stored(cakefs), list((cakefs.store / "partial").iterdir())) == (0, [])
+        assert cakefs.json("pull", "org/one")["fetched_bytes"] == 3 * SIZE
+
+    def test_a_part_that_another_model_or_a_pin_needs_stays(self, hub: Hub, cakefs: Cakefs) -> None:
+        data = published(hub, cakefs, "org/one", 1, pull=False)
+        cakefs.run("add", "org/one", "--as", "twin")
+        with cakefs.mounted() as mountpoint:
+            begin(mountpoint / "org/one/model.safetensors", data)
+        assert cakefs.json("evict", "org/one")["bytes"] == 0
+        cakefs.run("pin", "twin")
+        assert room_of(cakefs) == 0
+        cakefs.run("unpin", "twin")
+        assert room_of(cakefs) == stored(cakefs) > 0
+        assert len(partials(cakefs)) == 3
+
+    def test_a_part_that_a_mount_serves_from_stays(self, hub: Hub, cakefs: Cakefs) -> None:
+        data = published(hub, cakefs, "org/one", 1, pull=False)
+        with cakefs.mounted() as mountpoint, (mountpoint / "org/one/model.safetensors").open("rb") as file:
+            begin(mountpoint / "org/one/model.safetensors", data)
+            done = cakefs.json("evict", "org/one")
+            assert (done["bytes"], len(done["in_use"]), len(partials(cakefs))) == (0, 3, 3)
+            hub.reset()
+            assert file.read() == data
+            assert hub.sent("*/model.safetensors") == 3 * (SIZE - CHUNK), "what had come was used"
+
     def test_gc_tells_what_a_mount_still_serves(self, hub: Hub, cakefs: Cakefs) -> None:
         data = published(hub, cakefs, "org/one", 1)
         with cakefs.mounted() as mountpoint, (mountpoint / "org/one/model.safetensors").open("rb") as file:
@@ -377,17 +493,19 @@ def _config(cakefs: Cakefs, **settings: str) -> str:
     return str(path)
 
 
-RESIDENTS = st.lists(st.builds(Resident, st.uuids().map(str), st.integers(1, 10**12), st.floats(0, 1e10)), max_size=20)
+ITEMS = st.one_of(st.uuids().map(str), st.builds(SpanKey, st.uuids().map(str), st.integers(0, 9), st.integers(10, 99)))
+RESIDENTS = st.lists(st.builds(Resident, ITEMS, st.integers(1, 10**12), st.floats(0, 1e10)), max_size=20)
 
 
 @given(RESIDENTS, st.integers(0, 10**13))
 def test_a_plan_takes_the_oldest_and_not_one_too_many(candidates: list[Resident], wanted: int) -> None:
     plan = plan_eviction(candidates, wanted)
-    stay = set(candidates) - set(plan.blobs)
+    chosen = plan.residents
+    stay = set(candidates) - set(chosen)
     assert plan.short == max(0, wanted - plan.bytes)
     assert not plan.short or not stay
-    assert plan.bytes - (plan.blobs[-1].size if plan.blobs else 0) < max(wanted, 1)
-    assert all(gone.used <= kept.used for gone in plan.blobs for kept in stay)
+    assert plan.bytes - (chosen[-1].size if chosen else 0) < max(wanted, 1)
+    assert all(gone.used <= kept.used for gone in chosen for kept in stay)
 
 
 def test_what_cannot_come_back_or_shows_the_model_stays() -> None:
@@ -403,7 +521,9 @@ def test_what_cannot_come_back_or_shows_the_model_stays() -> None:
         (key("b", 0, 900), "opaque"),
         (key("b", 5, 10), "pinned"),
     ]
-    assert evictable(spans, {"a": 299, "b": 899}, {key("b", 5, 10)}) == {"weight", "opaque"}
+    begun = [key("a", 0, 50), key("a", 200, 299), key("gone", 0, 20), key("b", 5, 10)]
+    listing = [*spans, *((one, one) for one in begun)]
+    assert evictable(listing, {"a": 299, "b": 899}, {key("b", 5, 10)}) == {"weight", "opaque", key("a", 200, 299)}
 
 
 @pytest.mark.parametrize(
