@@ -13,8 +13,8 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -361,10 +361,20 @@ class Engine(RuleBasedStateMachine):
     @precondition(lambda self: self.models)
     @rule(pick=PICK)
     def evict(self, pick: int) -> None:
-        name = self._name(pick)
+        manifest = self.store.catalog.manifest(self.store.catalog.models()[self._name(pick)].manifest)
+        with self._sparing_pinned():
+            evict.evict(self.store, evict.eviction_of(self.store, manifest))
+
+    @rule(size=st.integers(1, 8 * CHUNK))
+    def make_room(self, size: int) -> None:
+        """As below a limit that is reached; nothing is too fresh."""
+        with self._sparing_pinned(), mock.patch.object(evict, "FRESH_S", 0.0):
+            evict.make_room(self.store, size, evict.used_bytes(self.store))
+
+    @contextmanager
+    def _sparing_pinned(self) -> Iterator[None]:
         pinned = {p: self._intact(p) for p in self.pinned}
-        manifest = self.store.catalog.manifest(self.store.catalog.models()[name].manifest)
-        evict.evict(self.store, evict.eviction_of(self.store, manifest))
+        yield
         assert all(self._intact(p) >= before for p, before in pinned.items()), "evicted what is pinned"
 
     @rule()

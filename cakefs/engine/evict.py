@@ -1,7 +1,7 @@
-"""Giving up bytes that can be fetched again: for `cakefs evict`, and to keep the store below its limit.
+"""Giving up bytes that can be fetched again, whole tensors and parts: for `cakefs evict`, and to keep a store's limit.
 
-Never what is pinned, what a process serves from, or what nobody could fetch again; and `cakefs evict` takes nothing of
-what a long job (`held.py`) works on.
+Never what is pinned, what a process serves from or writes, or what nobody could fetch again; and `cakefs evict` takes
+nothing of what a long job (`held.py`) works on.
 """
 
 import time

@@ -150,6 +150,7 @@ class Partial:
             if not count:
                 return  # cut short meanwhile: incomplete it stays
             done += count
+        note_write(self.data)
         write_full(self._map.fd, sums, len(self._header))
         self.sums = array("Q", sums)
 
