@@ -271,11 +271,13 @@ def test_evict_gives_up_a_tensor_of_which_a_part_is_here(hub: Hub, tmp_path: Pat
     begun(hub, cakefs, "org/one", 1)
     before = stored(cakefs)
     plan = cakefs.told("evict", "org/one", "--dry-run")
+    assert cakefs("evict", "org/one", "--dry-run").endswith(" of org/one, 3 unfinished transfers\n")
     assert (len(partials(cakefs)), stored(cakefs)) == (3, before)
     done = cakefs.told("evict", "org/one")
     assert done == plan | {"dry_run": False}
     assert (done["bytes"], len(done["partials"]), done["blobs"], done["in_use"]) == (before, 3, [], [])
     assert (stored(cakefs), list((cakefs.store / "partial").iterdir())) == (0, [])
+    assert cakefs("evict", "org/one").startswith("freed 0 B of org/one, 0 blobs\n")
     assert cakefs.told("pull", "org/one")["fetched_bytes"] == 3 * SIZE
 
 

@@ -62,8 +62,8 @@ def run(args: argparse.Namespace, out: Out) -> int:
 
 def _counted(residents: "list[Resident]") -> str:
     partials = sum(isinstance(resident.item, SpanKey) for resident in residents)
-    blobs = counted(len(residents) - partials, "blob")
-    return f"{blobs}, {counted(partials, 'unfinished transfer')}" if partials else blobs
+    kinds = (len(residents) - partials, "blob"), (partials, "unfinished transfer")
+    return ", ".join(counted(number, noun) for number, noun in kinds if number) or "0 blobs"
 
 
 def _rows(residents: "list[Resident]") -> list[dict[str, object]]:
