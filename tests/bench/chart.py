@@ -5,7 +5,7 @@ from html import escape
 
 from tests.bench.measure import Result
 
-ROW, LEFT, WIDE, RIGHT = 26, 470, 300, 90
+ROW, LEFT, WIDE, RIGHT = 26, 580, 300, 130
 STYLE = """
 text { font: 13px sans-serif; fill: #222 } .met { fill: #2b7a4b } .not { fill: #b5482f } line { stroke: #888 }
 @media (prefers-color-scheme: dark) { text { fill: #ddd } .met { fill: #5cb585 } .not { fill: #e58a6f } }
@@ -26,7 +26,7 @@ def draw(results: Sequence[Result]) -> str:
         y = number * ROW
         width = max(1, min(share, 2) * WIDE / 2)
         parts += [
-            f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end">{escape(result.name[:70])}</text>',
+            f'<text x="{LEFT - 8}" y="{y + 17}" text-anchor="end">{escape(result.name[:90])}</text>',
             f'<rect class="{"met" if result.ok else "not"}" x="{LEFT}" y="{y + 5}" width="{width:.0f}" height="16"/>',
             f'<text x="{LEFT + WIDE + 8}" y="{y + 17}">{result.ratio:.2f} {escape(result.bar)}</text>',
         ]

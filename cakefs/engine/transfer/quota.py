@@ -10,7 +10,6 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from cakefs.engine.evict import make_room
 from cakefs.engine.tasks import in_background
 from cakefs.model import MIB
 from cakefs.plan.requests import REQUEST_LIMIT
@@ -73,6 +72,8 @@ class Quota:
             self._changed.notify_all()
 
     async def _count(self, size: int) -> None:
+        from cakefs.engine.evict import make_room  # 0.05 s: only for a store with a limit
+
         part = max(size, self._part)
         wanted = 2 * part + self._coming
         free = await in_background(make_room, self._store, wanted, self._limit, spared_since=self._spared_since)
