@@ -1,12 +1,12 @@
 """`cakefs evict`: give up a model's bytes, which come back when they are read."""
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out, counted, human_size
 from cakefs.errors import UserError
-from cakefs.model import SpanKey
 
 if TYPE_CHECKING:
     from cakefs.plan.evict import Resident
@@ -41,8 +41,8 @@ def run(args: argparse.Namespace, out: Out) -> int:
                 "model": args.model,
                 "dry_run": args.dry_run,
                 "bytes": done.bytes,
-                "blobs": [row for row in _rows(done.gone) if "digest" in row],
-                "partials": [row for row in _rows(done.gone) if "span" in row],
+                "blobs": _rows(r for r in done.gone if not r.is_partial),
+                "partials": _rows(r for r in done.gone if r.is_partial),
                 "in_use": _rows(done.in_use),
             }
         )
@@ -61,15 +61,15 @@ def run(args: argparse.Namespace, out: Out) -> int:
 
 
 def _counted(residents: "list[Resident]") -> str:
-    partials = sum(isinstance(resident.item, SpanKey) for resident in residents)
+    partials = sum(resident.is_partial for resident in residents)
     kinds = (len(residents) - partials, "blob"), (partials, "unfinished transfer")
     return ", ".join(counted(number, noun) for number, noun in kinds if number) or "0 blobs"
 
 
-def _rows(residents: "list[Resident]") -> list[dict[str, object]]:
+def _rows(residents: "Iterable[Resident]") -> list[dict[str, object]]:
     return [_item(resident) | {"size": resident.size, "used": round(resident.used)} for resident in residents]
 
 
 def _item(resident: "Resident") -> dict[str, object]:
     """A blob, or the span of a partial."""
-    return {"span" if isinstance(resident.item, SpanKey) else "digest": str(resident.item)}
+    return {"span" if resident.is_partial else "digest": str(resident.item)}

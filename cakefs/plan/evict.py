@@ -20,6 +20,10 @@ class Resident(NamedTuple):
     size: int
     used: float
 
+    @property
+    def is_partial(self) -> bool:
+        return isinstance(self.item, SpanKey)
+
 
 class Eviction(NamedTuple):
     """Attributes:
