@@ -56,7 +56,7 @@ PROVOKED = {
     "test_hashes.py::test_a_damaged_blob_gets_no_hash": f"{_STORE}|no longer matches its digest",
     "test_hashes": f"{_UPSTREAM}|what is claimed of its tensors is wrong",
     "test_import": f"{_STORE}|does not have the bytes that its name promises",
-    "test_model": _UPSTREAM,
+    "test_model": f"{_STORE}|{_UPSTREAM}",
     "test_recover": _STORE,
     "test_remotes_": f"{_UPSTREAM}|trying again in ",
     "test_resources": "cannot write to .*: Read-only file system",

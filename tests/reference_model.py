@@ -13,8 +13,8 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -318,8 +318,10 @@ class Engine(RuleBasedStateMachine):
     # Reading
 
     @precondition(lambda self: self.models)
-    @rule(app=APPS, pick=PICK, at=PART, size=st.sampled_from([1, 4096, 65_536, CHUNK, 3 * CHUNK]))
-    def read(self, app: int, pick: int, at: float, size: int) -> None:
+    @rule(app=APPS, pick=PICK, at=PART, size=st.sampled_from([1, 4096, 65_536, CHUNK, 3 * CHUNK]), ahead=st.booleans())
+    def read(self, app: int, pick: int, at: float, size: int, ahead: bool) -> None:
+        """Args: ahead: Of what is fetched ahead, hardly a tensor stays in parts."""
+        self.apps[app].app.reading.readahead = ahead
         name, view, path, expected = self._file(pick)
         self._read(self.apps[app], name, view, path, int(at * len(expected)), size)
 
@@ -359,12 +361,30 @@ class Engine(RuleBasedStateMachine):
             self._pull(running, self._name(pick))
 
     @precondition(lambda self: self.models)
-    @rule(pick=PICK)
-    def evict(self, pick: int) -> None:
-        name = self._name(pick)
+    @rule(pick=PICK, idle=st.booleans())
+    def evict(self, pick: int, idle: bool) -> None:
+        """Args: idle: The apps have nothing open any more that they served from."""
+        self._let_go(idle)
+        manifest = self.store.catalog.manifest(self.store.catalog.models()[self._name(pick)].manifest)
+        with self._sparing_pinned():
+            evict.evict(self.store, evict.eviction_of(self.store, manifest))
+
+    @precondition(lambda self: self.models)
+    @rule(size=st.integers(1, 8 * CHUNK), idle=st.booleans())
+    def make_room(self, size: int, idle: bool) -> None:
+        """As below a limit that is reached; nothing is too fresh."""
+        self._let_go(idle)
+        with self._sparing_pinned(), mock.patch.object(evict, "FRESH_S", 0.0):
+            evict.make_room(self.store, size, evict.used_bytes(self.store))
+
+    def _let_go(self, idle: bool) -> None:
+        for running in self.apps if idle else ():
+            running.call_sync(running.app.reading.pool.discard_all)
+
+    @contextmanager
+    def _sparing_pinned(self) -> Iterator[None]:
         pinned = {p: self._intact(p) for p in self.pinned}
-        manifest = self.store.catalog.manifest(self.store.catalog.models()[name].manifest)
-        evict.evict(self.store, evict.eviction_of(self.store, manifest))
+        yield
         assert all(self._intact(p) >= before for p, before in pinned.items()), "evicted what is pinned"
 
     @rule()

@@ -6,7 +6,7 @@ in the middle of each write) is SIGKILL. The first run that gets through ends th
 Each run is a fork of this process, which itself never opens a store.
 
 `store_child.py race DIRECTORY SEED` waits for a line on stdin, then writes and seals the spans of `RACE` in an order of
-its own, beside other processes that do the same.
+its own, beside other processes that do the same. Where others evict it begins again; stdout has the number of times.
 """
 
 import os
@@ -118,6 +118,7 @@ def prepare_remove(store: Store) -> None:
     for name in ("kept", "dropped", "shared", "deleted"):
         store.put_span(key(name, len(TWO)), TWO if name in ("kept", "shared") else data(name, len(TWO)))
     write(store, "flying", THREE)
+    write(store, "evicted", THREE)
     store.catalog.forget_spans([key("deleted", len(TWO))])
 
 
@@ -125,6 +126,7 @@ def act_remove(store: Store) -> None:
     for name in ("dropped", "shared"):
         store.drop_span(key(name, len(TWO)))
     store.drop_partial(key("flying", len(THREE)))
+    store.evict([key("evicted", len(THREE))])
     store.delete_blobs([digest for digest, _, _ in store.catalog.blobs()])
 
 
@@ -233,8 +235,13 @@ def race(directory: Path, seed: int) -> None:
         if len(pending) >= order.randint(1, 3):
             store.seal(pending)
             pending = []
-    store.seal(key(name, len(content)) for name, content in RACE.items())
+    spans, again = [key(name, len(content)) for name, content in RACE.items()], 0
+    while set(store.seal(spans)) < set(spans):
+        again += 1
+        for name, i, chunk in work:
+            store.write_chunk(key(name, len(RACE[name])), i, chunk)
     store.close()
+    print(again)
 
 
 if __name__ == "__main__":

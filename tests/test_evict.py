@@ -3,8 +3,8 @@
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
 
@@ -13,21 +13,25 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakefs.app import open_app
+from cakefs.app import App, open_app
 from cakefs.config import load_config, parse_size
 from cakefs.engine import jobs
-from cakefs.engine.evict import room_plan
+from cakefs.engine.evict import make_room, room_plan
 from cakefs.engine.held import held
+from cakefs.engine.read import FileReader
 from cakefs.engine.serve import library
+from cakefs.engine.serve.library import Library
 from cakefs.engine.transfer.quota import left_free
 from cakefs.errors import StoreFull, UserError
 from cakefs.model import CHUNK, MIB, Locator, Manifest, Source, SpanKey, View
 from cakefs.plan.evict import HEADER_LIMIT, Resident, evictable, plan_eviction, shown_by
+from cakefs.store.content import FileContent
 from cakefs.store.store import Store
 from tests.hub import Hub
 from tests.inside import Inside
 from tests.models import CONFIG, single, tensor
 from tests.mounts import Cakefs, needs_fuse
+from tests.reference_model import read_range
 
 SIZE = 3 * CHUNK + 4000  # Of a tensor; large enough to be cut into chunks.
 LIMIT = 32_000_000  # Not quite two models of six such tensors, with what is left free for transfers.
@@ -68,11 +72,56 @@ def stored(cakefs: Cakefs) -> int:
     return 512 * sum(blocks.values())
 
 
-def age(cakefs: Cakefs, hours: int) -> None:
-    """Makes all that is in the store unused for so long."""
+def files(cakefs: Cakefs) -> dict[str, list[Path]]:
+    """Where the bytes of tensors lie, whole or begun."""
+    return {"blobs": list((cakefs.store / "blobs").glob("??/*")), "partials": partials(cakefs)}
+
+
+def partials(cakefs: Cakefs) -> list[Path]:
+    return list((cakefs.store / "partial").glob("*.data"))
+
+
+def age(cakefs: Cakefs, hours: int, *kinds: str) -> None:
+    """Makes all that is in the store, or all of these kinds, unused for so long."""
     then = time.time() - 3600 * hours
-    for path in (cakefs.store / "blobs").glob("??/*"):
+    for path in (path for kind, paths in files(cakefs).items() if kind in (kinds or files(cakefs)) for path in paths):
         os.utime(path, (then, path.stat().st_mtime))
+
+
+def inner_bytes(data: bytes) -> list[int]:
+    """A place in the second chunk of each tensor of a file."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    entries = [entry for name, entry in json.loads(data[8:size]).items() if name != "__metadata__"]
+    return [size + entry["data_offsets"][0] + CHUNK + CHUNK // 2 for entry in entries]
+
+
+def begun(hub: Hub, cakefs: Cakefs, name: str, seed: int, *, tensors: int = 2) -> bytes:
+    """As `published`; of each tensor one chunk is here, as somebody looked into it."""
+    data = published(hub, cakefs, name, seed, tensors=tensors, pull=False)
+
+    async def read() -> None:
+        async with serving(hub, cakefs) as (app, models):
+            reader = opened(models, name)
+            for at in inner_bytes(data):
+                assert await read_range(reader, at, 1) == data[at : at + 1]
+            reader.close()
+            assert len(list(app.store.partials())) >= tensors
+
+    trio.run(read)
+    return data
+
+
+@asynccontextmanager
+async def serving(hub: Hub, cakefs: Cakefs) -> AsyncIterator[tuple[App, Library]]:
+    """As a mount does it, and nothing ahead of a reader."""
+    async with open_app(load_config({"store": cakefs.store, "endpoint": hub.endpoint})) as app, app.library() as models:
+        app.reading.readahead = False
+        yield app, models
+
+
+def opened(models: Library, name: str) -> FileReader:
+    manifest_id = models.names()[name]
+    return models.open(manifest_id, models.manifest(manifest_id).shown(View.MODEL)["model.safetensors"])
 
 
 def test_evicted_bytes_are_fetched_again_and_the_model_stays(hub: Hub, cakefs: Cakefs) -> None:
@@ -158,12 +207,10 @@ def test_what_another_open_file_has_as_well_stays_in_use(
     async def serve() -> None:
         config = load_config({"store": cakefs.store, "endpoint": hub.endpoint})
         async with open_app(config) as app, app.library() as models:
-            readers = {}
-            for name, manifest_id in models.names().items():
-                file = models.manifest(manifest_id).shown(View.MODEL)["model.safetensors"]
-                readers[name] = models.open(manifest_id, file)
-                for offset in range(0, file.size, MIB):
-                    await readers[name].read(offset, MIB)
+            readers = {name: opened(models, name) for name in models.names()}
+            for reader in readers.values():
+                for offset in range(0, reader.size, MIB):
+                    await reader.read(offset, MIB)
             readers["org/one"].close()
             readers["org/two"].close()
             ours, theirs = (digests(app.store, app.model(name)) for name in ("twin", "org/two"))
@@ -196,6 +243,91 @@ def test_bytes_that_go_while_they_are_pulled_are_no_false_bytes(
 
     with pytest.raises(StoreFull, match="evicted by others"):
         trio.run(pull)
+
+
+@pytest.mark.parametrize("older", ["blobs", "partials"])
+def test_what_was_used_least_recently_goes_first_whatever_it_is(hub: Hub, tmp_path: Path, older: str) -> None:
+    cakefs = Inside(tmp_path, hub)
+    published(hub, cakefs, "org/whole", 1)
+    begun(hub, cakefs, "org/begun", 2)
+    age(cakefs, 1)
+    age(cakefs, 2, older)
+    before = files(cakefs)
+    with Store.open(cakefs.store) as store:
+        make_room(store, 2 * MIB, stored(cakefs))
+    assert {kind for kind, left in files(cakefs).items() if len(left) < len(before[kind])} == {older}
+
+
+def test_what_has_just_come_of_a_tensor_makes_no_room(hub: Hub, tmp_path: Path) -> None:
+    cakefs = Inside(tmp_path, hub)
+    begun(hub, cakefs, "org/one", 1)
+    with Store.open(cakefs.store) as store:
+        make_room(store, stored(cakefs), stored(cakefs))
+    assert len(partials(cakefs)) == 3
+
+
+def test_evict_gives_up_a_tensor_of_which_a_part_is_here(hub: Hub, tmp_path: Path) -> None:
+    cakefs = Inside(tmp_path, hub)
+    begun(hub, cakefs, "org/one", 1)
+    before = stored(cakefs)
+    plan = cakefs.told("evict", "org/one", "--dry-run")
+    assert cakefs("evict", "org/one", "--dry-run").endswith(" of org/one, 3 unfinished transfers\n")
+    assert (len(partials(cakefs)), stored(cakefs)) == (3, before)
+    done = cakefs.told("evict", "org/one")
+    assert done == plan | {"dry_run": False}
+    assert (done["bytes"], len(done["partials"]), done["blobs"], done["in_use"]) == (before, 3, [], [])
+    assert (stored(cakefs), list((cakefs.store / "partial").iterdir())) == (0, [])
+    assert cakefs("evict", "org/one").startswith("freed 0 B of org/one, 0 blobs\n")
+    assert cakefs.told("pull", "org/one")["fetched_bytes"] == 3 * SIZE
+
+
+def test_a_part_of_a_tensor_stays_that_another_model_has_or_that_is_pinned(hub: Hub, tmp_path: Path) -> None:
+    cakefs = Inside(tmp_path, hub)
+    begun(hub, cakefs, "org/one", 1)
+    cakefs("add", "org/one", "--as", "twin")
+    assert cakefs.told("evict", "org/one")["bytes"] == 0
+    assert room_of(cakefs) == stored(cakefs) > 0
+    cakefs("pin", "twin")
+    assert room_of(cakefs) == 0
+    assert len(partials(cakefs)) == 3
+
+
+def test_what_a_pull_is_to_complete_makes_no_room_for_the_rest_of_it(hub: Hub, tmp_path: Path) -> None:
+    cakefs = Inside(tmp_path, hub)
+    begun(hub, cakefs, "org/one", 1, tensors=3)
+    age(cakefs, 2)
+    hub.reset()
+    enough = 4 * (SIZE - CHUNK) + stored(cakefs) + left_free(0) + MIB // 2
+    refused = cakefs.run("pull", "org/one", check=False, CAKEFS_CONFIG=_config(cakefs, limit=str(enough - MIB)))
+    assert refused.returncode == StoreFull.exit_code
+    assert hub.sent("*/model.safetensors") == 0
+    cakefs.run("pull", "org/one", CAKEFS_CONFIG=_config(cakefs, limit=str(enough)))
+    assert hub.sent("*/model.safetensors") == 4 * (SIZE - CHUNK)
+
+
+def test_a_reader_goes_on_when_what_it_has_open_is_evicted(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As happens where one opens a tensor at the very moment at which another process gives it up."""
+    cakefs = Inside(tmp_path, hub)
+    data = published(hub, cakefs, "org/one", 1, pull=False)
+    monkeypatch.setattr(FileContent, "note_use", lambda content: None)
+    gone: set[str | SpanKey] = set()
+
+    async def serve() -> None:
+        async with serving(hub, cakefs) as (app, models):
+            reader = opened(models, "org/one")
+            for at in range(0, len(data), CHUNK // 2):
+                assert await read_range(reader, at, CHUNK // 2) == data[at : at + CHUNK // 2]
+                gone.update(app.store.evict([key for key, _ in app.store.partials()]))
+            for at in range(0, len(data), CHUNK):
+                assert await read_range(reader, at, CHUNK) == data[at : at + CHUNK]
+            reader.close()
+
+    trio.run(serve)
+    assert len(gone) == 3
+    assert cakefs.run("verify").returncode == 0
+    assert cakefs.told("ls")[0]["complete"]
 
 
 def damaged_and_mended(cakefs: Cakefs) -> None:
@@ -308,6 +440,35 @@ class TestMounted:
             assert (done["bytes"], len(done["in_use"])) == (0, 3)
             assert cakefs.json("ls")[0]["complete"]
 
+    def test_tensors_of_which_a_part_is_here_make_room(self, hub: Hub, cakefs: Cakefs) -> None:
+        """The store is full of such, and of nothing else."""
+        old = begun(hub, cakefs, "org/old", 1, tensors=25)
+        new = published(hub, cakefs, "org/new", 2, tensors=5, pull=False)
+        count = len(partials(cakefs))
+        assert (count, blobs(cakefs)) == (26, {})
+        assert LIMIT - len(new) < stored(cakefs) < LIMIT
+        age(cakefs, 2)
+        with cakefs.provoking("WARNING the store is full").mounted("--limit", str(LIMIT)) as mountpoint:
+            assert (mountpoint / "org/new/model.safetensors").read_bytes() == new
+            assert stored(cakefs) <= LIMIT
+            assert 0 < len(partials(cakefs)) < count, "as many went as had to"
+            state = next(m for m in cakefs.json("ls") if m["name"] == "org/new")
+            assert state["local_bytes"] == state["size"], "kept as it came"
+            assert (mountpoint / "org/old/model.safetensors").read_bytes() == old
+
+    def test_a_tensor_of_which_a_part_is_here_stays_while_a_mount_serves_from_it(
+        self, hub: Hub, cakefs: Cakefs
+    ) -> None:
+        data = published(hub, cakefs, "org/one", 1, pull=False)
+        with cakefs.mounted() as mountpoint, (mountpoint / "org/one/model.safetensors").open("rb") as file:
+            for at in inner_bytes(data):
+                assert os.pread(file.fileno(), 1, at) == data[at : at + 1]
+            done = cakefs.json("evict", "org/one")
+            assert (done["bytes"], len(done["in_use"]), len(partials(cakefs))) == (0, 3, 3)
+            hub.reset()
+            assert file.read() == data
+            assert hub.sent("*/model.safetensors") == 3 * (SIZE - CHUNK), "what had come was used"
+
     def test_gc_tells_what_a_mount_still_serves(self, hub: Hub, cakefs: Cakefs) -> None:
         data = published(hub, cakefs, "org/one", 1)
         with cakefs.mounted() as mountpoint, (mountpoint / "org/one/model.safetensors").open("rb") as file:
@@ -377,17 +538,19 @@ def _config(cakefs: Cakefs, **settings: str) -> str:
     return str(path)
 
 
-RESIDENTS = st.lists(st.builds(Resident, st.uuids().map(str), st.integers(1, 10**12), st.floats(0, 1e10)), max_size=20)
+ITEMS = st.one_of(st.uuids().map(str), st.builds(SpanKey, st.uuids().map(str), st.integers(0, 9), st.integers(10, 99)))
+RESIDENTS = st.lists(st.builds(Resident, ITEMS, st.integers(1, 10**12), st.floats(0, 1e10)), max_size=20)
 
 
 @given(RESIDENTS, st.integers(0, 10**13))
 def test_a_plan_takes_the_oldest_and_not_one_too_many(candidates: list[Resident], wanted: int) -> None:
     plan = plan_eviction(candidates, wanted)
-    stay = set(candidates) - set(plan.blobs)
+    chosen = plan.residents
+    stay = set(candidates) - set(chosen)
     assert plan.short == max(0, wanted - plan.bytes)
     assert not plan.short or not stay
-    assert plan.bytes - (plan.blobs[-1].size if plan.blobs else 0) < max(wanted, 1)
-    assert all(gone.used <= kept.used for gone in plan.blobs for kept in stay)
+    assert plan.bytes - (chosen[-1].size if chosen else 0) < max(wanted, 1)
+    assert all(gone.used <= kept.used for gone in chosen for kept in stay)
 
 
 def test_what_cannot_come_back_or_shows_the_model_stays() -> None:
@@ -403,7 +566,9 @@ def test_what_cannot_come_back_or_shows_the_model_stays() -> None:
         (key("b", 0, 900), "opaque"),
         (key("b", 5, 10), "pinned"),
     ]
-    assert evictable(spans, {"a": 299, "b": 899}, {key("b", 5, 10)}) == {"weight", "opaque"}
+    begun = [key("a", 0, 50), key("a", 200, 299), key("gone", 0, 20), key("b", 5, 10)]
+    listing = [*spans, *((one, one) for one in begun)]
+    assert evictable(listing, {"a": 299, "b": 899}, {key("b", 5, 10)}) == {"weight", "opaque", key("a", 200, 299)}
 
 
 @pytest.mark.parametrize(

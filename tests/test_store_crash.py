@@ -123,7 +123,8 @@ def test_killed_while_rewriting_what_a_crash_linked(tmp_path: Path) -> None:
 def test_killed_while_removing(tmp_path: Path) -> None:
     for store in survivors("remove", tmp_path):
         assert read(store, key("kept", len(TWO))) == TWO
-        for name, truth in (("shared", TWO), ("dropped", child.data("dropped", len(TWO))), ("flying", THREE)):
+        dropped = child.data("dropped", len(TWO))
+        for name, truth in (("shared", TWO), ("dropped", dropped), ("flying", THREE), ("evicted", THREE)):
             assert read(store, key(name, len(truth))) in (None, truth)
         assert_clean(store)
         assert read(store, key("kept", len(TWO))) == TWO
@@ -139,7 +140,8 @@ def test_killed_while_creating_the_store(tmp_path: Path) -> None:
         finish(store, {"three": THREE})
 
 
-def test_processes_write_and_seal_the_same_spans(tmp_path: Path) -> None:
+@pytest.mark.parametrize("evictions", [0, 100])
+def test_processes_write_and_seal_the_same_spans(tmp_path: Path, evictions: int) -> None:
     with Store.open(tmp_path / "store", map_size=MAP_SIZE) as store:
         others = [spawn("race", store.path, seed) for seed in (1, 2, 3)]
         for process in others:
@@ -148,12 +150,15 @@ def test_processes_write_and_seal_the_same_spans(tmp_path: Path) -> None:
             assert process.stdin is not None
             process.stdin.write("go\n")
             process.stdin.flush()
+        evicted = 0
         while any(process.poll() is None for process in others):
             for name, truth in child.RACE.items():
                 absent(store, key(name, len(truth)), truth)
+                evicted += len(store.evict([key(name, len(truth))])) if evicted < evictions else 0
         for process in others:
-            process.communicate()
+            again, _ = process.communicate()
             assert process.returncode == 0
+            assert evictions or int(again) == 0, "something was lost"
         for name, truth in child.RACE.items():
             assert store.has(key(name, len(truth)))
             assert read(store, key(name, len(truth))) == truth

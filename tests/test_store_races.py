@@ -2,15 +2,16 @@
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from cakefs.model import CHUNK, SpanKey
 from cakefs.store import Outcome, Store
+from cakefs.store.blobs import Candidate
 from cakefs.store.files import open_file, try_lock
-from cakefs.store.partial import partial_name
+from cakefs.store.partial import Partial, partial_name
 from tests.store_child import MAP_SIZE, THREE, TWO, blob_path, chunks, flip, key, write
 
 SPAN = key("three", len(THREE))
@@ -99,6 +100,79 @@ def test_dropped_and_begun_anew_while_a_reader_opens(store: Store, monkeypatch: 
     assert buffer == chunks(THREE)[1]
 
 
+def test_evicted_while_a_writer_waits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it keeps is in a partial that is there."""
+    store.write_chunk(SPAN, 0, chunks(THREE)[0])
+    before_lock(monkeypatch, lambda: store.evict([SPAN]))
+    assert store.write_chunk(SPAN, 1, chunks(THREE)[1]) is False
+    assert store.local_bytes([SPAN]) == CHUNK
+    content = store.content(SPAN)
+    assert content is not None and content.missing(0, len(THREE)) == [0, 2]
+
+
+def test_evicted_while_a_sealer_waits(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, "three", THREE)
+    before_lock(monkeypatch, lambda: store.evict([SPAN]))
+    assert store.seal([SPAN]) == []
+    assert read(store, SPAN) is None and not store.has(SPAN)
+
+
+@pytest.mark.parametrize("suffix", [".map", ".data"])
+def test_evicted_and_begun_anew_while_a_reader_opens(
+    store: Store, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    store.write_chunk(SPAN, 0, chunks(THREE)[0])
+
+    def renew() -> None:
+        assert store.evict([SPAN]) == {SPAN}
+        store.write_chunk(SPAN, 1, chunks(THREE)[1])
+
+    after_open(monkeypatch, suffix, renew)
+    content = store.content(SPAN)
+    assert content is not None
+    (here,) = {0, 1, 2} - set(content.missing(0, len(THREE)))
+    buffer = bytearray(CHUNK)
+    assert content.read_into(memoryview(buffer), here * CHUNK, wait=True) is Outcome.DONE
+    assert buffer == chunks(THREE)[here]
+
+
+def test_what_is_written_or_sealed_is_not_evicted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(store, "three", THREE)
+    with Partial.lock(store.partial_path, SPAN, create=False) or pytest.fail():
+        assert store.evict([SPAN]) == set()
+    real, evicted = store.blobs.publish, []
+
+    def publish(candidates: Sequence[Candidate]) -> None:
+        evicted.append(store.evict([SPAN]))
+        real(candidates)
+        evicted.append(store.evict([SPAN]))
+
+    monkeypatch.setattr(store.blobs, "publish", publish)
+    assert store.seal([SPAN]) == [SPAN]
+    assert evicted == [set(), set()]
+    assert read(store, SPAN) == THREE
+
+
+def test_what_a_process_serves_from_is_not_evicted(store: Store) -> None:
+    store.write_chunk(SPAN, 0, chunks(THREE)[0])
+    content = store.content(SPAN)
+    assert content is not None
+    content.note_use()
+    assert store.evict([SPAN]) == set()
+    content.close()
+    assert store.evict([SPAN], dry_run=True) == {SPAN} == dict(store.partials()).keys()
+    assert store.evict([SPAN]) == {SPAN}
+    assert list(store.partial_path.iterdir()) == []
+
+
+def test_a_chunk_that_comes_is_a_use(store: Store) -> None:
+    store.write_chunk(SPAN, 0, chunks(THREE)[0])
+    (data,) = store.partial_path.glob("*.data")
+    os.utime(data, (1e9, 1e9))
+    store.write_chunk(SPAN, 1, chunks(THREE)[1])
+    assert (store.last_use(SPAN) or 0) > 1e9
+
+
 @pytest.mark.parametrize("suffix", [".map", ".data"])
 def test_sealed_while_a_reader_opens(store: Store, monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     write(store, "three", THREE)
@@ -136,6 +210,7 @@ def test_bytes_that_a_crash_linked_are_not_changed(store: Store) -> None:
     os.link(data, link)
     flip(data, CHUNK)
     before = link.read_bytes()
+    assert store.evict([SPAN]) == set()
     store.write_chunk(SPAN, 1, chunks(THREE)[1])
     assert link.read_bytes() == before
     assert read(store, SPAN) == THREE

@@ -1,6 +1,7 @@
 """`cakefs evict`: give up a model's bytes, which come back when they are read."""
 
 import argparse
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from cakefs.cli.options import add_json_option, config_of
@@ -13,8 +14,7 @@ if TYPE_CHECKING:
 HELP = "give up a model's bytes: it stays, and what is read is fetched again"
 EPILOG = """\
 Stays: what other models have as well, what a mount or another command uses at the moment,
-what no address is known of, what the model is shown by (headers, configuration, tokenizer), and a tensor of
-which only a part is here.
+what no address is known of, and what the model is shown by (headers, configuration, tokenizer).
 """
 
 
@@ -41,23 +41,35 @@ def run(args: argparse.Namespace, out: Out) -> int:
                 "model": args.model,
                 "dry_run": args.dry_run,
                 "bytes": done.bytes,
-                "blobs": _rows(done.blobs),
+                "blobs": _rows(r for r in done.gone if not r.is_partial),
+                "partials": _rows(r for r in done.gone if r.is_partial),
                 "in_use": _rows(done.in_use),
             }
         )
     elif out.quiet:
-        for blob in done.blobs:
-            out.line(blob.digest)
+        for resident in done.gone:
+            out.line(str(resident.item))
     else:
         verb = "would free" if args.dry_run else "freed"
-        out.line(f"{verb} {human_size(done.bytes)} of {args.model}, {counted(len(done.blobs), 'blob')}")
-        if not (done.blobs or done.in_use):
-            out.note("what it has here is in other models, borrowed, no whole tensor, or what the model is shown by")
+        out.line(f"{verb} {human_size(done.bytes)} of {args.model}, {_counted(done.gone)}")
+        if not (done.gone or done.in_use):
+            out.note("what it has here is in other models, borrowed, or what the model is shown by")
         if done.in_use:
-            kept = sum(blob.size for blob in done.in_use)
-            out.line(f"  {counted(len(done.in_use), 'blob')}, {human_size(kept)}, stay: a process uses them")
+            kept = sum(resident.size for resident in done.in_use)
+            out.line(f"  {_counted(done.in_use)}, {human_size(kept)}, stay: a process uses them")
     return 0
 
 
-def _rows(blobs: "list[Resident]") -> list[dict[str, object]]:
-    return [{"digest": blob.digest, "size": blob.size, "used": round(blob.used)} for blob in blobs]
+def _counted(residents: "list[Resident]") -> str:
+    partials = sum(resident.is_partial for resident in residents)
+    kinds = (len(residents) - partials, "blob"), (partials, "unfinished transfer")
+    return ", ".join(counted(number, noun) for number, noun in kinds if number) or "0 blobs"
+
+
+def _rows(residents: "Iterable[Resident]") -> list[dict[str, object]]:
+    return [_item(resident) | {"size": resident.size, "used": round(resident.used)} for resident in residents]
+
+
+def _item(resident: "Resident") -> dict[str, object]:
+    """A blob, or the span of a partial."""
+    return {"span" if resident.is_partial else "digest": str(resident.item)}

@@ -1,7 +1,7 @@
-"""Giving up bytes that can be fetched again: for `cakefs evict`, and to keep the store below its limit.
+"""Giving up bytes that can be fetched again, whole tensors and parts: for `cakefs evict`, and to keep a store's limit.
 
-Never what is pinned, what a process serves from, or what nobody could fetch again; and `cakefs evict` takes nothing of
-what a long job (`held.py`) works on.
+Never what is pinned, what a process serves from or writes, or what nobody could fetch again; and `cakefs evict` takes
+nothing of what a long job (`held.py`) works on.
 """
 
 import time
@@ -10,44 +10,59 @@ from typing import NamedTuple
 
 from cakefs.engine.held import worked_on
 from cakefs.errors import CakeError, StoreFull
-from cakefs.model import Manifest, SpanKey
-from cakefs.plan.evict import Eviction, Resident, evictable, own_blobs, plan_eviction, shown_by
+from cakefs.model import Digest, Manifest, SpanKey
+from cakefs.plan.evict import Eviction, Resident, evictable, plan_eviction, shown_by
 from cakefs.store.store import Store
 
 FRESH_S = 60.0  # What was used within this time is not evicted to make room: it was fetched ahead of a reader.
 EVERYTHING = 1 << 63
 
 
-class Evicted(NamedTuple):
-    """What went; `in_use` is what was left because a process serves from it, or works on it."""
+class _Here(NamedTuple):
+    """What is in the store.
 
-    blobs: list[Resident]
+    Attributes:
+        spans: With what holds their bytes: blobs by digest, partials by their span.
+        partials: The bytes that they take on disk.
+    """
+
+    spans: list[tuple[SpanKey, Digest | SpanKey]]
+    partials: dict[SpanKey, int]
+
+    @classmethod
+    def of(cls, store: Store) -> "_Here":
+        partials = dict(store.partials())
+        return cls([*store.catalog.listing(), *((key, key) for key in partials)], partials)
+
+    def holding(self, keys: set[SpanKey]) -> set[Digest | SpanKey]:
+        """What holds bytes of these."""
+        return {item for key, item in self.spans if key in keys}
+
+
+class Evicted(NamedTuple):
+    """What went; `in_use` is what was left because a process serves from it, writes it, or works on it."""
+
+    gone: list[Resident]
     in_use: list[Resident]
 
     @property
     def bytes(self) -> int:
-        return sum(blob.size for blob in self.blobs)
+        return sum(resident.size for resident in self.gone)
 
 
 def eviction_of(store: Store, manifest: Manifest) -> Eviction:
     """What `evict MODEL` gives up: the model's bytes, except what other models have as well."""
-    mine: dict[SpanKey, str] = {}
-    others: set[str] = set()
     keys = {manifest.key(span) for span in range(len(manifest.spans))}
-    listing = store.catalog.listing()
     used = _keys_of_models(store, [r.manifest for n, r in store.catalog.models().items() if n != manifest.name])
-    for key, digest in listing:
-        if key in keys:
-            mine[key] = digest
-        if key in used:
-            others.add(digest)
-    chosen = _may_go(store, listing) & own_blobs(mine, others)
-    return plan_eviction(_residents(store, chosen), EVERYTHING)._replace(short=0)
+    here = _Here.of(store)
+    own = here.holding(keys) - here.holding(used)
+    return plan_eviction(_residents(store, here, _may_go(store, here) & own), EVERYTHING)._replace(short=0)
 
 
 def room_plan(store: Store, wanted: int, *, unused_since: float) -> Eviction:
     """What goes to free `wanted` bytes; nothing that was used later than `unused_since` (Unix seconds)."""
-    residents = _residents(store, _may_go(store, store.catalog.listing()))
+    here = _Here.of(store)
+    residents = _residents(store, here, _may_go(store, here))
     return plan_eviction((r for r in residents if r.used < unused_since), wanted)
 
 
@@ -59,9 +74,9 @@ def evict(store: Store, plan: Eviction, *, spare_jobs: bool = False, dry_run: bo
         dry_run: Only say what would go, and what is in use.
     """
     jobs = _keys_of_models(store, sorted(worked_on(store))) if spare_jobs else set()
-    spared = {digest for key, digest in store.catalog.listing() if key in jobs} if jobs else set()
-    gone = store.evict([blob.digest for blob in plan.blobs if blob.digest not in spared], dry_run=dry_run)
-    return Evicted([b for b in plan.blobs if b.digest in gone], [b for b in plan.blobs if b.digest not in gone])
+    spared = _Here.of(store).holding(jobs) if jobs else set()
+    gone = store.evict([r.item for r in plan.residents if r.item not in spared], dry_run=dry_run)
+    return Evicted([r for r in plan.residents if r.item in gone], [r for r in plan.residents if r.item not in gone])
 
 
 def make_room(store: Store, size: int, limit: int, *, spared_since: float = 0.0) -> int:
@@ -70,7 +85,7 @@ def make_room(store: Store, size: int, limit: int, *, spared_since: float = 0.0)
     Args:
         spared_since: Unix seconds; what was used later stays, as does what was used a moment ago.
     """
-    with store.evicting():  # Two that plan at once would choose the same blobs.
+    with store.evicting():  # Two that plan at once would choose the same.
         free = limit - used_bytes(store)
         if free < size:
             free += store.empty_quarantine()
@@ -84,7 +99,7 @@ def prepare_room(store: Store, wanted: int, needed: Sequence[SpanKey], limit: in
     """Before a transfer of which all is to be kept.
 
     Args:
-        needed: Spans that must not go to make room for the others.
+        needed: Spans of which nothing must go to make room for the others.
         spare: Bytes that are to be left free.
 
     Raises:
@@ -116,7 +131,7 @@ def used_bytes(store: Store) -> int:
     return usage.blob_bytes + usage.partial_bytes + usage.quarantine_bytes
 
 
-def _may_go(store: Store, listing: Sequence[tuple[SpanKey, str]]) -> set[str]:
+def _may_go(store: Store, here: _Here) -> set[Digest | SpanKey]:
     models = store.catalog.models()
     fetchable: dict[str, int] = {}
     local: set[str] = set()  # Of a model from this machine, whose files may be gone: others' addresses are not its own.
@@ -131,7 +146,7 @@ def _may_go(store: Store, listing: Sequence[tuple[SpanKey, str]]) -> set[str]:
             else:
                 local.add(source.identity)
     pinned = _keys_of_models(store, [record.manifest for record in models.values() if record.pinned])
-    return evictable(listing, {one: front for one, front in fetchable.items() if one not in local}, pinned)
+    return evictable(here.spans, {one: front for one, front in fetchable.items() if one not in local}, pinned)
 
 
 def _keys_of_models(store: Store, manifests: Sequence[str]) -> set[SpanKey]:
@@ -145,8 +160,8 @@ def _keys_of_models(store: Store, manifests: Sequence[str]) -> set[SpanKey]:
     return keys
 
 
-def _residents(store: Store, digests: set[str]) -> list[Resident]:
+def _residents(store: Store, here: _Here, items: set[Digest | SpanKey]) -> list[Resident]:
     """Those that have a file of their own: what lies in the catalog or is borrowed takes no room worth having."""
-    sizes = {digest: size for digest, size, inline in store.catalog.blobs() if not inline and digest in digests}
-    found = ((digest, size, store.last_use(digest)) for digest, size in sizes.items())
-    return [Resident(digest, size, used) for digest, size, used in found if used is not None]
+    blobs = ((digest, size) for digest, size, inline in store.catalog.blobs() if not inline)
+    found = [(item, size, store.last_use(item)) for item, size in (*blobs, *here.partials.items()) if item in items]
+    return [Resident(item, size, used) for item, size, used in found if used is not None]

@@ -77,8 +77,8 @@ async def pull_spans(
     beside = _sealed_of(store, manifest, sources)
     if fetcher.limit:
         wanted = sum(chunk_size(manifest, ref) for span in left for ref in missing_chunks(store, manifest, span))
-        here = [manifest.key(span) for span in set(spans) - set(left)]
-        room = partial(prepare_room, store, wanted, here, fetcher.limit, spare=left_free(fetcher.limit))
+        needed = [manifest.key(span) for span in spans]  # Also of those that are to be completed.
+        room = partial(prepare_room, store, wanted, needed, fetcher.limit, spare=left_free(fetcher.limit))
         await trio.to_thread.run_sync(room)
     progress(sum(manifest.spans[span].size for span in set(spans) - set(left)))
     planned = await trio.to_thread.run_sync(claims.plan, store, manifest, left)

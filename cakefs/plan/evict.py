@@ -1,4 +1,4 @@
-"""Which blobs to give up when bytes are needed: what was used least recently goes first. Pure.
+"""Which bytes to give up when room is needed: what was used least recently goes first, blob or partial. Pure.
 
 Eviction takes what can be fetched again and leaves the models as they are; garbage collection (`collect.py`) takes what
 no model refers to.
@@ -7,32 +7,36 @@ no model refers to.
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from cakefs.model import MIB, SMALL_FILE_LIMIT, Source, SpanKey
+from cakefs.model import MIB, SMALL_FILE_LIMIT, Digest, Source, SpanKey
 
 HEADER_LIMIT = 100 * MIB  # The official reader takes headers of up to 100 MB.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 class Resident(NamedTuple):
-    """A blob that may go; `used` in Unix seconds."""
+    """What may go: a blob by its digest, or the partial of a span; `used` in Unix seconds."""
 
-    digest: str
+    item: Digest | SpanKey
     size: int
     used: float
+
+    @property
+    def is_partial(self) -> bool:
+        return isinstance(self.item, SpanKey)
 
 
 class Eviction(NamedTuple):
     """Attributes:
-    blobs: In the order in which they go.
+    residents: In the order in which they go.
     short: Bytes that were wanted beyond what these have.
     """
 
-    blobs: list[Resident]
+    residents: list[Resident]
     short: int
 
     @property
     def bytes(self) -> int:
-        return sum(blob.size for blob in self.blobs)
+        return sum(resident.size for resident in self.residents)
 
 
 def shown_by(source: Source) -> int:
@@ -43,32 +47,29 @@ def shown_by(source: Source) -> int:
     return size if whole else min(HEADER_LIMIT, size - 1)
 
 
-def evictable(spans: Iterable[tuple[SpanKey, str]], fetchable: Mapping[str, int], pinned: set[SpanKey]) -> set[str]:
-    """The blobs of which every span can be fetched again, and none is pinned or what a model is shown by.
+def evictable(
+    spans: Iterable[tuple[SpanKey, Digest | SpanKey]], fetchable: Mapping[str, int], pinned: set[SpanKey]
+) -> set[Digest | SpanKey]:
+    """The items of which every span can be fetched again, and none is pinned or what a model is shown by.
 
     Args:
-        spans: All that the store has, with their digests.
+        spans: All that the store has, with the items that hold them: blobs by digest, each partial by its span.
         fetchable: `shown_by` of the upstream files, by identity, that some model still knows an address of.
     """
-    found: set[str] = set()
-    kept: set[str] = set()
-    for key, digest in spans:
+    found: set[Digest | SpanKey] = set()
+    kept: set[Digest | SpanKey] = set()
+    for key, item in spans:
         front = key.start == 0 and key.stop <= fetchable.get(key.identity, 0)
-        (kept if front or key.identity not in fetchable or key in pinned else found).add(digest)
+        (kept if front or key.identity not in fetchable or key in pinned else found).add(item)
     return found - kept
 
 
 def plan_eviction(candidates: Iterable[Resident], wanted: int) -> Eviction:
     """Enough of them to free `wanted` bytes, least recently used first."""
     chosen: list[Resident] = []
-    for blob in sorted(candidates, key=lambda b: (b.used, b.digest)):
+    for resident in sorted(candidates, key=lambda r: (r.used, str(r.item))):
         if wanted <= 0:
             break
-        chosen.append(blob)
-        wanted -= blob.size
+        chosen.append(resident)
+        wanted -= resident.size
     return Eviction(chosen, max(0, wanted))
-
-
-def own_blobs(mine: Mapping[SpanKey, str], others: set[str]) -> set[str]:
-    """Blobs of a model that no other model has."""
-    return set(mine.values()) - others

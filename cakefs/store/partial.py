@@ -7,8 +7,9 @@
 sum whose data a power cut took does not match, so the chunk is found missing at its first touch. That replaces an fsync
 per chunk.
 
-Writers hold a `flock` on the map; readers hold none and re-read the map with `pread` (unlike a mapping, that cannot end
-in SIGBUS on a full or broken disk). The map exists whenever the data does: it is made first and removed last.
+Writers, and whoever removes it, hold a `flock` on the map; readers hold none and re-read the map with `pread` (unlike a
+mapping, that cannot end in SIGBUS on a full or broken disk). That of `use.py` is on the data. The map exists whenever
+the data does: it is made first and removed last.
 
 While sealing, and after a crash in the middle of it, the data file has a second name under `blobs/`. Its bytes are then
 no longer ours to change: whoever wants to write takes a copy of it first.
@@ -28,6 +29,7 @@ from typing import NamedTuple
 from cakefs.model import SpanKey
 from cakefs.store.files import Descriptor, open_file, read_full, scratch, unlink, write_full
 from cakefs.store.hashes import CHUNK_SHIFT, chunk_count, chunk_size, chunk_sum
+from cakefs.store.use import claim, note_write
 
 _MAGIC = b"cakemap1"
 # magic, bytes of identity, start, stop, sum of the rest of the header; then the identity, padded to 8
@@ -39,6 +41,11 @@ _LONGEST_IDENTITY = 64 * 1024
 
 def partial_name(key: SpanKey) -> str:
     return hashlib.sha256(f"{key.identity}\0{key.start}\0{key.stop}".encode()).hexdigest()[:32]
+
+
+def data_path(directory: Path, key: SpanKey) -> Path:
+    """Where the bytes of a span in flight lie."""
+    return directory / f"{partial_name(key)}.data"
 
 
 class MapSums:
@@ -82,15 +89,19 @@ class Partial:
         self.data = map  # until _load
 
     @classmethod
-    def lock(cls, directory: Path, key: SpanKey, *, create: bool) -> "Partial | None":
-        """Waits for other writers. Returns: None when there is none and `create` is false."""
+    def lock(cls, directory: Path, key: SpanKey, *, create: bool, wait: bool = True) -> "Partial | None":
+        """Waits for other writers. Returns: None when there is none and `create` is false; when one is being written
+        or sealed and `wait` is false."""
         path = os.path.join(directory, partial_name(key) + ".map")
         while True:
             try:
                 map = open_file(path, os.O_RDWR | (os.O_CREAT if create else 0))
             except FileNotFoundError:
                 return None
-            fcntl.flock(map.fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(map.fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return None
             if os.fstat(map.fd).st_nlink:  # else it was sealed or dropped while we waited
                 partial = cls(directory, key, map)
                 try:
@@ -125,6 +136,7 @@ class Partial:
         if not self.check(chunk):
             self._own_data()
             write_full(self.data.fd, data, chunk << CHUNK_SHIFT)
+            note_write(self.data)
             self._set(chunk, chunk_sum(data))
         # In a sequential fetch the next chunk is missing, which spares the scan of all that came before.
         return 0 not in self.sums[chunk + 1 : chunk + 2] and self.complete
@@ -138,6 +150,7 @@ class Partial:
             if not count:
                 return  # cut short meanwhile: incomplete it stays
             done += count
+        note_write(self.data)
         write_full(self._map.fd, sums, len(self._header))
         self.sums = array("Q", sums)
 
@@ -206,6 +219,23 @@ class Partial:
         os.chmod(copy, 0o600)
         os.replace(copy, self.data_path)
         self.data = open_file(self.data_path, os.O_RDWR)
+
+
+def evict_partial(directory: Path, key: SpanKey, *, dry_run: bool) -> bool:
+    """Removes a partial that nobody writes, seals or serves from at the moment. Returns: whether it went, or would go.
+
+    Its lock is held, so no chunk can get lost: a writer that comes now finds it removed, and begins another one.
+    """
+    partial = Partial.lock(directory, key, create=False, wait=False)
+    if partial is None:
+        return False
+    with partial:
+        claimed = claim(data_path(directory, key))
+        if claimed is None or os.fstat(claimed.fd).st_nlink > 1:  # the second name: what a crash left of a seal
+            return False
+        if not dry_run:
+            partial.discard()
+        return True
 
 
 def open_partial(directory: Path, key: SpanKey) -> OpenPartial | None:

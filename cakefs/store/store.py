@@ -36,7 +36,7 @@ from cakefs.store.files import Descriptor, locked, locked_place, read_full, scra
 from cakefs.store.foreign import BorrowedContent, open_place, report_gone
 from cakefs.store.hashes import CHUNK_SHIFT, DigestHasher, chunk_count, chunk_size, chunk_sum
 from cakefs.store.layout import open_layout, sweep_layout
-from cakefs.store.partial import Partial, local_size, open_partial, partial_name
+from cakefs.store.partial import Partial, data_path, evict_partial, local_size, open_partial, partial_name
 from cakefs.store.use import last_use, touch
 
 # Partials sealed in one transaction; each has two descriptors open, so this stays below the usual limit of 1024.
@@ -246,24 +246,34 @@ class Store:
         with translated(f"write to {self.path}"):
             return self.freeing(lambda: self.blobs.delete(digests))
 
-    def evict(self, digests: Sequence[str], *, dry_run: bool = False) -> set[str]:
-        """Deletes blobs that can be fetched again, except those in use; their spans are missing then.
+    def evict(self, items: Iterable[Digest | SpanKey], *, dry_run: bool = False) -> set[Digest | SpanKey]:
+        """Deletes blobs that can be fetched again, and partials of such spans, except those in use; their spans are
+        missing then.
 
         Returns: Those that went, or would go.
         """
+        digests: list[Digest] = []
+        gone: set[Digest | SpanKey] = set()
         with translated(f"write to {self.path}"):
-            return self.freeing(lambda: self.blobs.evict(digests, dry_run=dry_run))
+            for item in items:  # Partials first: on a full disk the catalog needs room to shrink.
+                if not isinstance(item, SpanKey):
+                    digests.append(item)
+                elif evict_partial(self.partial_path, item, dry_run=dry_run):
+                    gone.add(item)
+            return gone | self.freeing(lambda: self.blobs.evict(digests, dry_run=dry_run)) if digests else gone
 
     def note_use(self, keys: Iterable[SpanKey], *, ago: float = 0.0) -> None:
         """These spans are used now, or were so many seconds ago: what was used before makes room before them."""
-        for record in map(self.catalog.find, keys):
-            if record is not None and record.inline is None:
-                with suppress(OSError):  # borrowed, gone or read-only: nothing to be evicted
-                    touch(self.blobs.path(record.digest), ago)
+        for key in keys:
+            record = self.catalog.find(key)
+            if record is None or record.inline is None:
+                with suppress(OSError):  # borrowed, gone, not begun or read-only: nothing to be evicted
+                    touch(self._file(key if record is None else record.digest), ago)
 
-    def last_use(self, digest: Digest) -> float | None:
-        """When a blob in a file of its own was used last, in Unix seconds; None when there is no such file."""
-        return last_use(self.blobs.path(digest))
+    def last_use(self, item: Digest | SpanKey) -> float | None:
+        """When a blob in a file of its own, or a partial, was used last, in Unix seconds; None when there is no such
+        file."""
+        return last_use(self._file(item))
 
     # Upkeep: work that grows with the store
 
@@ -320,6 +330,10 @@ class Store:
             yield
 
     # Within
+
+    def _file(self, item: Digest | SpanKey) -> Path:
+        """Where the bytes of a blob, or of a partial, lie."""
+        return data_path(self.partial_path, item) if isinstance(item, SpanKey) else self.blobs.path(item)
 
     def _record(self, key: SpanKey) -> BlobRecord | None:
         """The record of the span's blob, if that can be used; else the blob is forgotten."""

@@ -1,7 +1,8 @@
-"""Which blobs are in use, and when each was used last; kept by the file system, so it costs no transaction.
+"""What is in use, and when it was used last: blobs and partials. Kept by the file system, so it costs no transaction.
 
-A shared `flock` on a blob's file says that a process serves from it: such a blob is not evicted. The access time is set
-by us, whatever the mount options; it is the "recently" of "least recently used".
+A shared `flock` on a file of bytes says that a process serves from it: such a file is not evicted. The access time is
+set by us, whatever the mount options; it is the "recently" of "least recently used". A partial that becomes a blob
+keeps both, as that is the same file.
 """
 
 import fcntl
@@ -24,6 +25,11 @@ def note_use(file: Descriptor) -> None:
     if abs(now - status.st_atime) > COARSE_S:  # abs: clocks jump
         with suppress(OSError):  # a store that is read-only, or somebody else's
             os.utime(file.fd, ns=(int(now * 1e9), status.st_mtime_ns))
+
+
+def note_write(file: Descriptor) -> None:
+    """What has just come is about to be read."""
+    os.utime(file.fd)
 
 
 def touch(path: Path, ago: float = 0.0) -> None:

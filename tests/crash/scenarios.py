@@ -226,6 +226,7 @@ SCENARIOS = {
     "rm": Scenario("pulled", remove, lambda place: ONE not in place.names(), keeps=(TWO, LARGE)),
     "gc": Scenario("pulled", command("gc"), pulled(TWO, LARGE), command("rm", ONE), (TWO, LARGE)),
     "evict": Scenario("pulled", command("evict", TWO), shows(TWO), keeps=(LARGE,)),
+    "evict-begun": Scenario("added", command("evict", LARGE), shows(LARGE), leave_unsealed, (ONE, TWO)),
     "pin": Scenario("added", command("pin", ONE), shows(ONE), keeps=ALL),
     "import": Scenario("empty", command("import", "{lenders}/one", "--as", "mine"), pulled("mine")),
     "copy": Scenario("empty", command("import", "{lenders}/two", "--as", "copied", "--copy"), pulled("copied")),

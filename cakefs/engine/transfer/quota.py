@@ -15,8 +15,8 @@ from cakefs.model import MIB
 from cakefs.plan.requests import REQUEST_LIMIT
 from cakefs.store.store import Store
 
-# Counted anew, and room made, by this part of the limit: evicting has to look at every blob. As much is left free for
-# what another process has been admitted and has not written yet.
+# Counted anew, and room made, by this part of the limit: evicting has to look at all that is there. As much is left
+# free for what another process has been admitted and has not written yet.
 PART = 50
 PART_LIMIT = 256 * MIB
 PAUSE_S = 1.0  # Between two attempts to make room when there was none.
