@@ -40,6 +40,7 @@ _STORE = "do not match their recorded sum|is gone or damaged as a whole|is gone 
 _UPSTREAM = f"{FETCHING}|the bytes do not have the published hash|came wrong, and is fetched again"
 _FULL = "the store is full|not sealed, still served"
 _ABSENT = "is not added on demand: "
+_SHOWN = "shown under .cakefs/original only: |shown as it is: |are shown, but not merged: "
 PROVOKED = {
     "test_api": f"{_UPSTREAM}|{_ABSENT}",
     "test_cli_e2e": f"{_STORE}|{_UPSTREAM}|{_FULL}",
@@ -49,10 +50,12 @@ PROVOKED = {
     "test_engine_worker": _STORE,
     "test_evict.py::test_what_was_set_aside": _STORE,
     "test_export": _STORE,
+    "test_faults_add": "trying again in ",
     "test_fs_": "cannot read |lookup: |did not answer within",
     "test_fs_mount.py::test_failed_reads": "unexpected failure|Traceback",
     "test_fs_ops": "unexpected failure",
     "test_fsspec": _ABSENT,
+    "test_gguf_": _SHOWN,
     "test_hashes.py::test_a_damaged_blob_gets_no_hash": f"{_STORE}|no longer matches its digest",
     "test_hashes": f"{_UPSTREAM}|what is claimed of its tensors is wrong",
     "test_import": f"{_STORE}|does not have the bytes that its name promises",
@@ -61,6 +64,7 @@ PROVOKED = {
     "test_remotes_": f"{_UPSTREAM}|trying again in ",
     "test_resources": "cannot write to .*: Read-only file system",
     "test_store_": _STORE,
+    "test_torch_served": _SHOWN,
 }
 
 

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterable, Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import NoReturn, Protocol, cast
 
 from cakefs import __version__
@@ -19,6 +20,8 @@ from cakefs.cli.out import Out
 from cakefs.errors import UserError
 
 # Name -> module below cakefs.cli, in the order of `cakefs --help`.
+SAY_MORE = {"--layers", "--repeat-map", "--ratio-repeat"}  # of an empty value: what there is to choose from
+
 COMMANDS = {
     "mount": "mount",
     "umount": "umount",
@@ -113,7 +116,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str], out: Out, lines: LogLines) -> int:
-    if "" in arguments:  # to pathlib it is the directory that we happen to be in
+    # To pathlib it is the directory that we happen to be in.
+    if any(not word and before not in SAY_MORE for before, word in pairwise(["", *arguments])):
         raise UserError("an argument is empty", hint="is a variable of the shell not set?")
     try:
         args, surplus = build_parser(_asked_for(arguments)).parse_known_args(arguments)
