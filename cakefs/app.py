@@ -24,7 +24,7 @@ from cakefs.plan.wish import Wish
 from cakefs.store.store import Store
 
 if TYPE_CHECKING:  # What asks the Hub takes 0.3 s to import: not for those who find all of a model here.
-    from cakefs.engine.disk.adopt import Meter
+    from cakefs.engine.disk.meter import Meter
     from cakefs.engine.index import Added
     from cakefs.engine.models.sources import HubSource, UrlSource
 

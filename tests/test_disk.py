@@ -9,7 +9,8 @@ import trio
 
 from cakefs.engine.disk import folder, hubcache, ollama
 from cakefs.engine.disk.found import MOST_FILES
-from cakefs.engine.models.sources import local_path, path_name
+from cakefs.engine.disk.folder import name_of
+from cakefs.engine.models.sources import local_path
 from cakefs.errors import CakeError, NotFound, RemoteChanged, UserError
 from cakefs.model import ByteRange, Locator, Published
 from cakefs.remotes.base import read
@@ -181,8 +182,8 @@ def test_a_path_is_told_by_how_it_is_written(text: str, local: bool) -> None:
 def test_a_file_that_is_here_needs_no_dot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.gguf").touch()
     monkeypatch.chdir(tmp_path)
-    assert local_path("x.gguf") == Path("x.gguf") and path_name(Path("x.gguf")) == "x"
-    assert path_name(Path()) == tmp_path.name
+    assert local_path("x.gguf") == Path("x.gguf") and name_of(Path("x.gguf")) == "x"
+    assert name_of(Path()) == tmp_path.name
 
 
 def test_files_as_a_remote(tmp_path: Path) -> None:

@@ -59,16 +59,15 @@ def import_what(
 
     import trio
 
-    from cakefs.engine.disk import importing
-    from cakefs.engine.disk.adopt import Meter
+    from cakefs.engine.disk import folder, importing
+    from cakefs.engine.disk.meter import Meter
     from cakefs.engine.index import model_name
-    from cakefs.engine.models.sources import path_name
 
     importing.check_name(what, name)
     config = config_of(args)
     many = what in (importing.HUB_CACHE, importing.OLLAMA)
     if not many:
-        name = model_name(path_name(Path(os.path.expanduser(what))) if name is None else name)
+        name = model_name(folder.name_of(Path(os.path.expanduser(what))) if name is None else name)
 
     async def body(app: "App") -> "Imported":
         found, skipped = await trio.to_thread.run_sync(importing.find, what, name, config, os.environ)

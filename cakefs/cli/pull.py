@@ -60,8 +60,8 @@ def run(args: argparse.Namespace, out: Out) -> int:
 async def take_cached(app: "App", manifest: "Manifest", spans: "Sequence[int]", out: Out) -> None:
     """What is in the Hub cache by now is borrowed there."""
     from cakefs.cli.import_command import late_bar, say_skipped
-    from cakefs.engine.disk.adopt import Meter
     from cakefs.engine.disk.cached import borrow_cached
+    from cakefs.engine.disk.meter import Meter
 
     with late_bar(out, "reading the cache") as show:
         meter = Meter(show)

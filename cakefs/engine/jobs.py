@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import trio
 
+from cakefs.buffers import page_aligned
 from cakefs.engine.evict import prepare_room
 from cakefs.engine.fetch import Fetcher
 from cakefs.engine.known import claims
@@ -182,7 +183,7 @@ def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool
     Borrowing(store).forget_lost()  # What is gone there is missing here, not bad.
     bad: list[str] = []
     damaged: set[str] = set()
-    buffer = memoryview(bytearray(4 * MIB))
+    buffer = page_aligned(4 * MIB)
     spans = read = 0
     for span in range(len(manifest.spans)):
         key = manifest.key(span)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import trio
 
+from cakefs.buffers import page_aligned
 from cakefs.engine.fetch import Fetcher
 from cakefs.engine.local import ContentPool
 from cakefs.engine.transfer.flights import Priority
@@ -36,17 +37,17 @@ class Reply:
 
     def __init__(self) -> None:
         self._hit = _huge_page()
-        self._free = [memoryview(bytearray(REPLY)) for _ in range(BLOCKING_READS)]
+        self._free = [page_aligned(REPLY) for _ in range(BLOCKING_READS)]
         self.limiter = trio.CapacityLimiter(BLOCKING_READS)
 
     def hit(self, size: int) -> memoryview:
         if size > len(self._hit):
-            self._hit = memoryview(bytearray(size))
+            self._hit = page_aligned(size)
         return self._hit[:size]
 
     def take(self, size: int) -> memoryview:
         buffer = self._free.pop()
-        return buffer if size <= len(buffer) else memoryview(bytearray(size))
+        return buffer if size <= len(buffer) else page_aligned(size)
 
     def give(self, buffer: memoryview) -> None:
         """Back before the reply is sent: safe, as no other task runs between here and the send."""
@@ -311,7 +312,7 @@ class FileReader:
 
     def _fill_from(self, piece: Piece, opened: Opened, target: memoryview) -> Outcome:
         computed = piece.kind is Kind.COMPUTED
-        inputs = [memoryview(bytearray(stored.size)) if computed else target for stored, _ in opened]
+        inputs = [page_aligned(stored.size) if computed else target for stored, _ in opened]
         for (stored, content), buffer in zip(opened, inputs, strict=True):
             outcome = self._fill_stored(content, stored, buffer, wait=True)
             if outcome is not Outcome.DONE:

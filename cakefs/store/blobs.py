@@ -117,8 +117,10 @@ class Blobs:
         file = self.open(record)
         return None if file is None else Bytes(file, 0)
 
-    def known(self, digest: str) -> bool:
-        return self._catalog.blob(digest) is not None
+    def owns(self, digest: str) -> bool:
+        """Whether there is a blob of that digest which is not borrowed."""
+        record = self._catalog.blob(digest)
+        return record is not None and not record.places
 
     def files(self) -> Iterator[tuple[str, Path]]:
         """What lies in the directory, by digest; with a record or without."""
@@ -308,11 +310,11 @@ def _record(digest: str, candidate: Candidate) -> BlobRecord:
     return BlobRecord(digest, candidate.key.size, candidate.sums, candidate.inline, places)
 
 
-def inspect(partials: Sequence[Partial], known: Callable[[str], bool]) -> list[Candidate]:
+def inspect(partials: Sequence[Partial], here: Callable[[str], bool]) -> list[Candidate]:
     """Reads complete partials through, checks every chunk, and syncs those that may become files.
 
     Args:
-        known: Whether there is a blob of that digest. Bytes that will most likely be dropped are not worth a sync.
+        here: Whether there is a blob of that digest. Bytes that will most likely be dropped are not worth a sync.
 
     Returns: The good ones. In the others the bad chunks are missing now.
     """
@@ -322,7 +324,7 @@ def inspect(partials: Sequence[Partial], known: Callable[[str], bool]) -> list[C
         for candidate in map(_inspect_one, partials):
             if candidate is None:
                 continue
-            if candidate.partial is not None and not known(candidate.digest):
+            if candidate.partial is not None and not here(candidate.digest):
                 syncs.append(pool.submit(os.fdatasync, candidate.partial.data.fd))  # while we hash the next
                 candidate = candidate._replace(synced=True)
             found.append(candidate)

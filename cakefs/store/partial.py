@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cakefs.model import SpanKey
-from cakefs.store.files import Descriptor, open_file, read_full, scratch, unlink, write_full
+from cakefs.store.files import Descriptor, open_file, read_full, scratch, start_writing, unlink, write_full
 from cakefs.store.hashes import CHUNK_SHIFT, chunk_count, chunk_size, chunk_sum
 from cakefs.store.use import claim, note_write
 
@@ -150,6 +150,7 @@ class Partial:
             if not count:
                 return  # cut short meanwhile: incomplete it stays
             done += count
+        start_writing(self.data.fd)
         note_write(self.data)
         write_full(self._map.fd, sums, len(self._header))
         self.sums = array("Q", sums)

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from cakefs.buffers import page_aligned
 from cakefs.model import CHUNK, MIB, ByteRange
 from cakefs.store.borrowed import Stamp
 from cakefs.store.files import read_full
@@ -57,7 +58,7 @@ def scan(
     waiting = sorted(ranges, reverse=True)
     active: list[_Range] = []
     done: list[Piece] = []
-    buffer = memoryview(bytearray(min(_BUFFER, max(1, stamp.size))))
+    buffer = page_aligned(min(_BUFFER, stamp.size))
     for offset in range(0, stamp.size, _BUFFER):
         view = buffer[: min(_BUFFER, stamp.size - offset)]
         if read_full(file.fd, view, offset) != len(view):

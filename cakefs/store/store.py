@@ -405,7 +405,7 @@ class Store:
                 elif partial is not None and ready:
                     complete[key] = partial
             if complete:
-                candidates = inspect(list(complete.values()), self.blobs.known)
+                candidates = inspect(list(complete.values()), self.blobs.owns)
                 self.blobs.publish(candidates)
                 for candidate in candidates:
                     complete[candidate.key].discard()

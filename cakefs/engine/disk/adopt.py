@@ -10,9 +10,8 @@ What was recorded stays, whatever becomes of the rest: a later run does not hash
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ import msgspec
 import trio
 
 from cakefs.engine.disk.found import Found, Skipped
+from cakefs.engine.disk.meter import Meter
 from cakefs.engine.evict import job_is_done, make_room, prepare_room
 from cakefs.engine.index import Added, Indexer
 from cakefs.engine.tasks import open_flat_nursery
@@ -44,26 +44,13 @@ SMALL_BATCH = 16 * MIB  # Of small files, stored in one transaction.
 _PROVISIONAL = "local:"
 
 
-class Meter:
-    """Counts bytes, from any thread.
+class Turns:
+    """What those share who adopt side by side: as many files are read at a time as there are cores, and one at a time
+    makes room for its copies."""
 
-    Args:
-        show: Called with what is done and what is expected, both in bytes.
-    """
-
-    def __init__(self, show: Callable[[int, int], None] = lambda done, expected: None) -> None:
-        self._show = show
-        self._lock = threading.Lock()
-        self.done = self.expected = 0
-
-    def expect(self, size: int) -> None:
-        with self._lock:
-            self.expected += size
-
-    def advance(self, size: int) -> None:
-        with self._lock:
-            self.done += size
-            self._show(self.done, self.expected)
+    def __init__(self) -> None:
+        self.reading = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
+        self.copying = trio.Lock()
 
 
 class _Job(NamedTuple):
@@ -89,6 +76,7 @@ class Adopter:
         meter: Is told of each byte of a file that is here, once.
         copy: Make the bytes our own.
         limit: Of the store, in bytes, which copies have to keep; 0 for none.
+        turns: Of others who adopt at the same time.
 
     Attributes:
         skipped: What was not taken so far, and why.
@@ -102,13 +90,14 @@ class Adopter:
         meter: Meter | None = None,
         copy: bool = False,
         limit: int = 0,
+        turns: Turns | None = None,
     ) -> None:
         self._store = store
         self._remote = remote
         self._progress = (meter or Meter()).advance
         self._copy = copy
         self._limit = limit
-        self._threads = trio.CapacityLimiter(len(os.sched_getaffinity(0)))
+        self._turns = turns or Turns()
         self._recording = trio.Lock()
         self._waiting: list[tuple[str, Scan]] = []
         self._flushed = time.monotonic()
@@ -298,7 +287,7 @@ class Adopter:
         unfit: list[_Unfit] = []
 
         async def read(job: _Job) -> None:
-            done = await trio.to_thread.run_sync(self._scan, job, limiter=self._threads)
+            done = await trio.to_thread.run_sync(self._scan, job, limiter=self._turns.reading)
             if isinstance(done, _Unfit):
                 unfit.append(done)
                 return
@@ -352,8 +341,10 @@ class Adopter:
                 self._confirm(identity)
 
     async def _own(self, manifest: Manifest, paths: Mapping[str, Path]) -> None:
-        if self._copy:
-            keys = [key for spans in _spans(manifest, paths).values() for key in spans]
+        if not self._copy:
+            return
+        keys = [key for spans in _spans(manifest, paths).values() for key in spans]
+        async with self._turns.copying:
             if self._limit:
                 await trio.to_thread.run_sync(self._make_room, keys)
             await trio.to_thread.run_sync(Borrowing(self._store).own, keys)

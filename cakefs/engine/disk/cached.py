@@ -5,9 +5,10 @@ from pathlib import Path
 
 import trio
 
-from cakefs.engine.disk.adopt import Adopter, Meter
+from cakefs.engine.disk.adopt import Adopter
 from cakefs.engine.disk.found import Skipped
 from cakefs.engine.disk.hubcache import files_of
+from cakefs.engine.disk.meter import Meter
 from cakefs.model import Manifest
 from cakefs.store.store import Store
 

@@ -37,3 +37,9 @@ def find(path: Path, name: str) -> tuple[Found, list[Skipped]]:
         raise UserError(f"no file in {path} can be taken{why}")
     origin = file_locator(top, top.stat()).url
     return Found(name, Listing(origin, "", "", tuple(published)), paths), skipped
+
+
+def name_of(path: Path) -> str:
+    """What a directory or file is shown as when the user does not say."""
+    real = path.resolve()
+    return real.name if real.is_dir() else real.stem

@@ -1,7 +1,9 @@
 """Importing what is on this machine: each model that was found becomes one that is shown."""
 
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,10 +11,13 @@ import trio
 
 from cakefs.config import Config
 from cakefs.engine.disk import folder, hubcache, ollama
-from cakefs.engine.disk.adopt import Adopter, Meter
+from cakefs.engine.disk.adopt import Adopter, Turns
 from cakefs.engine.disk.found import Found, Skipped
+from cakefs.engine.disk.meter import Meter
 from cakefs.engine.index import Added, model_name
+from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CakeError, NotFound, StoreFull, UserError
+from cakefs.model import SMALL_FILE_LIMIT
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.store import Store
 
@@ -69,7 +74,7 @@ async def import_found(
     one: bool,
     limit: int,
 ) -> Imported:
-    """Adopts and shows models.
+    """Adopts and shows models, as many at a time as there are cores.
 
     Args:
         update: Let a name that stands for something else now stand for this.
@@ -77,23 +82,45 @@ async def import_found(
         limit: As `Adopter` has it.
     """
     models = list(found)
-    done: list[Added] = []
-    noted = list(skipped)
+    noted = [list(skipped), *([] for _ in models)]
+    done: dict[int, Added] = {}
+    turns, slots = Turns(), trio.CapacityLimiter(len(os.sched_getaffinity(0)))
+    reading = defaultdict[str, trio.Lock](trio.Lock)
+
+    async def adopt(number: int, model: Found) -> None:
+        adopter = Adopter(store, meter=meter, copy=copy, limit=limit, turns=turns)
+        async with AsyncExitStack() as held:
+            # What two models have is read for the first; the second then finds it known.
+            for what in await trio.to_thread.run_sync(_large, model):
+                await held.enter_async_context(reading[what])
+            await held.enter_async_context(slots)
+            try:
+                model_name(model.name)
+                with store.guard():
+                    done[number] = await adopter.add(model, update=update)
+            except CakeError as error:
+                if one or isinstance(error, StoreFull):
+                    raise
+                adopter.skipped.insert(0, Skipped(model.name, error.message))
+        noted[number + 1] = adopter.skipped
+
     meter.expect(sum(file.size for model in models for file in model.listing.files if file.path in model.paths))
     before = await trio.to_thread.run_sync(_bytes, store)
-    for model in models:
-        adopter = Adopter(store, meter=meter, copy=copy, limit=limit)
-        try:
-            model_name(model.name)
-            with store.guard():
-                done.append(await adopter.add(model, update=update))
-        except CakeError as error:
-            if one or isinstance(error, StoreFull):
-                raise
-            noted.append(Skipped(model.name, error.message))
-        noted += adopter.skipped
+    async with open_flat_nursery() as nursery:
+        for number, model in enumerate(models):
+            nursery.start_soon(adopt, number, model)
     after = await trio.to_thread.run_sync(_bytes, store)
-    return Imported(done, noted, max(0, after[0] - before[0]), max(0, after[1] - before[1]))
+    added = [done[number] for number in sorted(done)]
+    return Imported(
+        added, [one for some in noted for one in some], max(0, after[0] - before[0]), max(0, after[1] - before[1])
+    )
+
+
+def _large(model: Found) -> list[str]:
+    """The large files of a model that are here: where they are and what they should be, each once and in order."""
+    large = [file for file in model.listing.files if file.path in model.paths and file.size > SMALL_FILE_LIMIT]
+    names = {file.identity for file in large if not file.identity.endswith(":")}
+    return sorted(names | {os.path.realpath(model.paths[file.path]) for file in large})
 
 
 def _bytes(store: Store) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import trio
 
+from cakefs.buffers import page_aligned
 from cakefs.engine.read import FileReader, OpenFile, Prepared, Reading
 from cakefs.errors import InvalidFormat
 from cakefs.formats.safetensors import header_size, parse_header
@@ -59,7 +60,7 @@ class Source:
     def __init__(self, reading: Reading, form: Form) -> None:
         self._layout = Layout.of(form.file)
         self._reader = FileReader(reading, OpenFile(form.manifest, form.file, form.literals), lambda: None)
-        self._buffer = memoryview(bytearray(CHUNK))
+        self._buffer = page_aligned(CHUNK)
 
     async def feed(self, part: ByteRange, take: Take, progress: Callable[[int], None]) -> bool:
         """Gives all bytes of a part of the file to `take`, in order, in threads.

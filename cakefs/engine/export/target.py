@@ -15,7 +15,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cakefs.errors import CakeError, StoreFull, UserError
-from cakefs.store.files import Descriptor, holds_bytes, open_file, sync_directories, write_full
+from cakefs.store.files import (
+    Descriptor,
+    c_library,
+    holds_bytes,
+    open_file,
+    start_writing,
+    sync_directories,
+    write_full,
+)
 
 _FICLONERANGE = 0x4020940D  # linux/fs.h: _IOW(0x94, 13, struct file_clone_range)
 _RENAME_NOREPLACE = 1  # linux/fs.h
@@ -64,6 +72,7 @@ class Unfinished:
         with reported(self.path):
             if offset + len(data) > self._had or not holds_bytes(self._fd, data, offset):
                 write_full(self._fd, data, offset)
+                start_writing(self._fd, offset, len(data))
 
     def clone(self, source: Descriptor, start: int, size: int, offset: int) -> bool:
         """Shares blocks of another file. Returns: False where the file systems cannot."""
@@ -114,9 +123,8 @@ class Unfinished:
 def rename_new(source: Path, target: Path) -> None:
     """Raises FileExistsError when the target exists: the kernel looks and renames at once, so that no file is replaced
     that appears in between. Some file systems cannot (EINVAL); there the look comes first."""
-    libc = ctypes.CDLL(None, use_errno=True)
     with suppress(AttributeError):  # an old C library
-        if not libc.renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
+        if not c_library().renameat2(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE):
             return
         if (code := ctypes.get_errno()) not in (errno.EINVAL, errno.ENOSYS):
             raise OSError(code, os.strerror(code), str(target))

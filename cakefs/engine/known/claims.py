@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from cakefs.buffers import page_aligned
 from cakefs.engine.local import stream_blob
 from cakefs.engine.transfer.confirm import prove
 from cakefs.errors import CorruptData
@@ -125,7 +126,7 @@ def _sha256(store: Store, digest: str) -> str:
     """Empty for a blob that is gone or damaged."""
     hasher = hashlib.sha256()
     try:
-        for piece in stream_blob(store, digest, memoryview(bytearray(MIB))):
+        for piece in stream_blob(store, digest, page_aligned(MIB)):
             hasher.update(piece)
     except CorruptData as error:
         log.warning("%s", error.message)

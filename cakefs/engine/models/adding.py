@@ -15,9 +15,10 @@ import msgspec
 import trio
 from msgspec import Struct
 
-from cakefs.engine.disk.adopt import Adopter, Meter
+from cakefs.engine.disk.adopt import Adopter
 from cakefs.engine.disk.found import Found
 from cakefs.engine.disk.hubcache import files_with
+from cakefs.engine.disk.meter import Meter
 from cakefs.engine.index import Added
 from cakefs.engine.transfer.confine import confine
 from cakefs.engine.transfer.messages import Done, Failed, error_of, failure, tokens_for

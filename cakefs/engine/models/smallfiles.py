@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from cakefs.buffers import page_aligned
 from cakefs.engine.local import stream
 from cakefs.errors import CorruptData, UserError
 from cakefs.model import MIB, Extent, Literal, Manifest, View
@@ -29,7 +30,7 @@ class _SmallFiles:
             assert isinstance(segment, Extent)  # only weights are calculated
             key = manifest.key(segment.span)
             try:
-                whole = b"".join(bytes(piece) for piece in stream(self._store, key, memoryview(bytearray(MIB))))
+                whole = b"".join(bytes(piece) for piece in stream(self._store, key, page_aligned(MIB)))
             except CorruptData as error:
                 hint = f"cakefs pull {manifest.name} --files {path}"
                 raise UserError(f"{path} of {manifest.name} is not in the store", hint=hint) from error

@@ -40,12 +40,6 @@ def local_path(text: str) -> Path | None:
     return None
 
 
-def path_name(path: Path) -> str:
-    """What a directory or file is shown as when the user does not say."""
-    real = path.resolve()
-    return real.name if real.is_dir() else real.stem
-
-
 def parse_source(text: str, revision: str | None) -> HubSource | UrlSource:
     """Raises UserError for what is no source."""
     if re.match(r"https?://", text):

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import trio
 
+from cakefs.buffers import page_aligned
 from cakefs.engine.local import stream
 from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CorruptData, InvalidFormat
@@ -162,7 +163,7 @@ class Upstream:
         if key.size > limit or not self._store.has(key):
             return None
         try:
-            return b"".join(bytes(piece) for piece in stream(self._store, key, memoryview(bytearray(MIB))))
+            return b"".join(bytes(piece) for piece in stream(self._store, key, page_aligned(MIB)))
         except CorruptData:
             self._store.drop_span(key)
             return None

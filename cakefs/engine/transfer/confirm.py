@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial as bind
 
+from cakefs.buffers import page_aligned
 from cakefs.engine.local import stream, stream_blob
 from cakefs.errors import CorruptData
 from cakefs.model import MIB, SpanKey
@@ -106,7 +107,7 @@ def _hasher(algorithm: str, size: int) -> "hashlib._Hash":
 
 def _hash(digest: "hashlib._Hash", streams: Iterable[_Stream]) -> str | None:
     """None when a span went away or is damaged here: that says nothing about what came."""
-    buffer = memoryview(bytearray(4 * MIB))
+    buffer = page_aligned(4 * MIB)
     for open_stream in streams:
         try:
             for piece in open_stream(buffer):

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import msgspec
 import trio
 
+from cakefs.buffers import page_aligned
 from cakefs.engine.tasks import in_background
 from cakefs.engine.transfer import confirm
 from cakefs.engine.transfer.confine import confine
@@ -145,7 +146,7 @@ class Worker:
 
     async def _fetch(self, job: FetchJob) -> None:
         chunks = job_chunks(job)
-        buffer = self._buffers.pop() if self._buffers else memoryview(bytearray(CHUNK))
+        buffer = self._buffers.pop() if self._buffers else page_aligned(CHUNK)
         try:
             for run in runs(self._absent(job, chunks, buffer)):
                 async with self._quota.admit(chunks[run.stop - 1].stop - chunks[run.start].start) as keep:
