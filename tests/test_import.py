@@ -555,6 +555,39 @@ def test_an_import_goes_on_where_it_was_interrupted(
     assert cakefs.json("ls")[0]["verified"]
 
 
+def test_models_are_read_side_by_side_and_what_two_of_them_have_once(
+    hub: Hub, cakefs: Cakefs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seed in (("org/a", 0), ("org/b", 1), ("org/c", 0)):
+        hub.add_repo(name, {"model.safetensors": big(seed)})
+        download(hub, tmp_path / "cache", name)
+    together = threading.Barrier(2)
+    read: list[Stamp] = []
+
+    def scan(stamp: Stamp, *rest: Any) -> Any:
+        read.append(stamp)
+        together.wait(60)  # raises unless two come
+        return genuine_scan(stamp, *rest)
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr("cakefs.engine.disk.adopt.scan", scan)
+    done = cakefs.json("import", "hub-cache")
+    assert [model["name"] for model in done["models"]] == ["org/a", "org/b", "org/c"]
+    assert len(read) == 2
+    assert all(model["verified"] for model in cakefs.json("ls"))
+
+
+def test_what_is_wrong_with_one_of_many_is_named_in_their_order(hub: Hub, cakefs: Cakefs, tmp_path: Path) -> None:
+    for name in ("org/a", "org/b", "org/c"):
+        hub.add_repo(name, {"model.safetensors": big(ord(name[-1]))})
+        snapshot = download(hub, tmp_path / "cache", name)
+        if name != "org/b":
+            change(blob_of(snapshot))
+    done = cakefs.json("import", "hub-cache")
+    assert [model["name"] for model in done["models"]] == ["org/b"]
+    assert [one["what"] for one in done["skipped"]] == ["org/a", "org/c"]
+
+
 @needs_fuse
 def test_imports_mounts_and_gc_at_once(hub: Hub, cakefs: Cakefs, tmp_path: Path) -> None:
     """Many processes on one store: nothing lost, nothing double, nothing stuck."""
