@@ -8,8 +8,8 @@ import pytest
 import trio
 
 from cakefs.engine.disk import folder, hubcache, ollama
-from cakefs.engine.disk.found import MOST_FILES
 from cakefs.engine.disk.folder import name_of
+from cakefs.engine.disk.found import MOST_FILES
 from cakefs.engine.models.sources import local_path
 from cakefs.errors import CakeError, NotFound, RemoteChanged, UserError
 from cakefs.model import ByteRange, Locator, Published

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "plan": LEAVES | {"formats", "numpy"},
     "store": PURE | {"lmdb", "xxhash"},
     "execute": set(),
-    "remotes": PURE | {"trio", "httpx", "httpcore", "huggingface_hub"},
+    "remotes": PURE | {"trio", "httpx", "httpcore", "h11", "huggingface_hub"},
     "engine": PURE | {"config", "execute", "store", "remotes", "trio"},
     "app": PURE | {"config", "store", "remotes", "engine", "trio", "huggingface_hub"},
     "api": PURE | {"config", "engine", "app", "trio", "numpy", "fsspec"},

@@ -1,0 +1,82 @@
+"""h11's buffer, replaced: the same answers come out, however they were cut on their way, and whole pieces uncopied."""
+
+from collections.abc import Sequence
+
+import h11
+import pytest
+from h11._receivebuffer import ReceiveBuffer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cakefs.remotes.received import Received, hand_on_pieces
+
+HEAD = b"HTTP/1.1 206 Partial Content\r\n"
+
+
+def events(pieces: Sequence[bytes], buffer: type[ReceiveBuffer]) -> list[h11.Event]:
+    connection = h11.Connection(h11.CLIENT)
+    connection._receive_buffer = buffer()
+    connection.send(h11.Request(method="GET", target="/", headers=[("Host", "x")]))
+    connection.send(h11.EndOfMessage())
+    found: list[h11.Event] = []
+    for piece in (*pieces, b""):
+        connection.receive_data(piece)
+        while (event := connection.next_event()) not in (h11.NEED_DATA, h11.PAUSED):
+            assert isinstance(event, h11.Event)
+            found.append(event)
+            if isinstance(event, h11.ConnectionClosed):
+                return found
+    return found
+
+
+def told(found: list[h11.Event]) -> tuple[list[str], bytes]:
+    body = b"".join(bytes(event.data) for event in found if isinstance(event, h11.Data))
+    return [repr(event) for event in found if not isinstance(event, h11.Data)], body
+
+
+def chunked(body: bytes, sizes: Sequence[int]) -> bytes:
+    wire, at = b"", 0
+    for size in sizes:
+        part = body[at : at + size]
+        at += len(part)
+        wire += b"%x\r\n%s\r\n" % (len(part), part) if part else b""
+    rest = body[at:]
+    return wire + (b"%x\r\n%s\r\n" % (len(rest), rest) if rest else b"") + b"0\r\n\r\n"
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(1, 60), max_size=40), st.lists(st.integers(1, 80), max_size=4))
+def test_the_same_answers_come_out_however_they_were_cut(body: bytes, cuts: list[int], sizes: list[int]) -> None:
+    length = HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    for wire in (length, HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(body, sizes), HEAD + b"\r\n" + body):
+        pieces, at = [], 0
+        for cut in cuts:
+            if at < len(wire):
+                pieces.append(wire[at : at + cut])
+                at += cut
+        if at < len(wire):
+            pieces.append(wire[at:])
+        genuine = told(events(pieces, ReceiveBuffer))
+        assert told(events(pieces, Received)) == genuine and genuine[1] == body
+
+
+def test_a_piece_of_a_body_is_handed_on_as_it_came() -> None:
+    pieces = [HEAD + b"Content-Length: 30\r\n\r\n" + b"a" * 10, b"b" * 12, b"c" * 8]
+    data = [event.data for event in events(pieces, Received) if isinstance(event, h11.Data)]
+    assert [bytes(one) for one in data] == [b"a" * 10, b"b" * 12, b"c" * 8]
+    assert data[1] is pieces[1] and data[2] is pieces[2]
+
+
+def test_two_answers_in_one_piece_stay_two() -> None:
+    """The second waits until the first is done with."""
+    buffer = Received()
+    buffer += b"first\r\nsecond"
+    assert buffer.maybe_extract_next_line() == b"first\r\n"
+    buffer += b" goes on"
+    assert bytes(buffer) == b"second goes on" and buffer.maybe_extract_at_most(6) == b"second"
+    assert buffer.maybe_extract_at_most(100) == b" goes on" and not buffer
+
+
+def test_connections_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("h11._connection.ReceiveBuffer", ReceiveBuffer)
+    hand_on_pieces()
+    assert isinstance(h11.Connection(h11.CLIENT)._receive_buffer, Received)
