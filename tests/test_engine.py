@@ -15,7 +15,8 @@ import trio.testing
 from cakefs.app import TOKEN_S, App, open_app
 from cakefs.config import Config
 from cakefs.engine import jobs
-from cakefs.engine.known.survey import Shown, is_verified
+from cakefs.engine.known.shown import Shown
+from cakefs.engine.known.survey import is_verified
 from cakefs.engine.models.sources import default_name, parse_source
 from cakefs.engine.read import FileReader
 from cakefs.engine.serve.library import LET_GO_S, Library
@@ -386,7 +387,7 @@ def test_a_model_with_an_empty_tensor_becomes_complete(hub: Hub, tmp_path: Path)
         await add(app, "org/name")
         manifest = app.model("org/name")
         await jobs.pull(app.store, app.fetcher, manifest, manifest.files, lambda _: None)
-        assert is_verified(app.store, manifest, Shown(manifest))
+        assert is_verified(app.store, manifest, Shown.of(manifest))
 
     run(hub, tmp_path / "store", body)
 

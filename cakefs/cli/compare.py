@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
 async def _compare(app: "App", args: argparse.Namespace, out: Out) -> Compared:
     from cakefs.engine.held import held
     from cakefs.engine.known.compare import compare
-    from cakefs.engine.known.survey import Local
+    from cakefs.engine.known.shown import Local
     from cakefs.engine.models.substitute import remember
     from cakefs.plan.pairs import pair_up
 

@@ -82,7 +82,7 @@ async def _export(app: "App", args: argparse.Namespace, out: Out) -> Exported:
     from cakefs.engine.evict import job_is_done
     from cakefs.engine.export.exporter import Exporter, Reflink
     from cakefs.engine.held import held
-    from cakefs.engine.known.survey import Local, Shown
+    from cakefs.engine.known.shown import Local, Shown
     from cakefs.plan.choice import file_spans
 
     with held(app.store, [args.model]) as (manifest,):
@@ -105,8 +105,8 @@ async def _export(app: "App", args: argparse.Namespace, out: Out) -> Exported:
         absent = [wish for wish in wishes if wish.path not in done]
         spans = file_spans(manifest, [wish.file for wish in absent])
         await take_cached(app, manifest, spans, out)
-        shown = Shown(manifest, [wish.file for wish in absent])
-        before, counters = shown.local_bytes(Local.of_model(app.store, manifest)), app.fetcher.counters
+        shown = Shown.of(manifest, [wish.file for wish in absent])
+        before, counters = shown.here(Local.of_model(app.store, manifest)).bytes, app.fetcher.counters
         with out.progress("fetching", shown.size, before) as advance:
             await exporter.fetch(app.fetcher, absent, lambda _: advance(before + counters.bytes_fetched))
         with out.progress("writing", shown.size) as advance:

@@ -76,6 +76,7 @@ async def _pull(app: "App", args: argparse.Namespace, out: Out) -> Pulled:
     from cakefs.engine.evict import job_is_done
     from cakefs.engine.held import held
     from cakefs.engine.known import survey
+    from cakefs.engine.known.shown import Local, Shown
     from cakefs.plan.choice import chosen_files
 
     with held(app.store, [args.model]) as (manifest,):
@@ -83,10 +84,10 @@ async def _pull(app: "App", args: argparse.Namespace, out: Out) -> Pulled:
         await take_cached(app, manifest, spans, out)
         keys = [manifest.key(span) for span in spans]
         files = chosen_files(manifest, args.files) if args.layers is None else []
-        shown = survey.Shown(manifest, files)
+        shown = Shown.of(manifest, files)
         wanted, local = sum(key.size for key in keys), app.store.local_bytes(keys)
         size = shown.size if files else wanted
-        before = shown.local_bytes(survey.Local.of_model(app.store, manifest)) if files else local
+        before = shown.here(Local.of_model(app.store, manifest)).bytes if files else local
         counters = app.fetcher.counters
         with out.progress(manifest.name, size, before) as advance:
             fetched = await jobs.pull_spans(

@@ -23,11 +23,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> int:
     from cakefs.engine.known import survey
+    from cakefs.engine.known.shown import Local
     from cakefs.engine.models.ggufview import why_none
 
     with survey.open_store(config_of(args).store) as store:
         manifest = survey.find_model(store, args.model)
-        local = survey.Local.of_model(store, manifest)
+        local = Local.of_model(store, manifest)
         files = survey.summarize_files(manifest, local)
         sources = survey.summarize_sources(store, manifest)
         tensors = survey.summarize_tensors(manifest, local) if args.tensors else []

@@ -99,7 +99,7 @@ def _recover(store: Path, out: Out) -> None:
 
 def _verify(store: "Store", manifest: "Manifest", repair: bool, out: Out) -> "Repair":
     from cakefs.engine import jobs
-    from cakefs.engine.known import survey
+    from cakefs.engine.known.shown import Local
 
     done = 0
 
@@ -108,7 +108,7 @@ def _verify(store: "Store", manifest: "Manifest", repair: bool, out: Out) -> "Re
         done += size
         advance(done)
 
-    local = survey.Local.of_model(store, manifest)
+    local = Local.of_model(store, manifest)
     total = sum(local.size(manifest.key(span)) for span in range(len(manifest.spans)))
     with out.progress(manifest.name, total) as advance:
         return jobs.verify(store, manifest, progress, repair=repair)

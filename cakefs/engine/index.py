@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from cakefs.engine.known.survey import Local, Shown
+from cakefs.engine.known.shown import Local, Shown, put_model
 from cakefs.engine.models.ggufview import fetch_tokenizers, show_gguf
 from cakefs.engine.models.upstream import Unreadable, Upstream
 from cakefs.engine.tasks import open_flat_nursery
@@ -165,9 +165,9 @@ class Indexer:
             elif not update and not _has_grown(old, manifest):
                 raise _taken(old, manifest)
         check_place(self._store, manifest)
-        manifest_id = before.manifest if before and not changed else catalog.put_model(manifest)
-        shown = Shown(manifest)
-        local = shown.local_bytes(Local.of_model(self._store, manifest))
+        manifest_id = before.manifest if before and not changed else put_model(self._store, manifest)
+        shown = Shown.of(manifest)
+        local = shown.here(Local.of_model(self._store, manifest)).bytes
         return Added(manifest, manifest_id, changed, self._upstream.fetched, shown.size, local, tuple(self._warnings))
 
     def _readable(self, manifest_id: str) -> Manifest | None:

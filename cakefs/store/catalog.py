@@ -22,9 +22,9 @@ from cakefs.store.borrowed import TABLES as _BORROWED_TABLES
 from cakefs.store.borrowed import Borrowed, Place, Stamp
 from cakefs.store.environment import MAP_SIZE, Environment
 from cakefs.store.numbers import GENERATION, REFUTATIONS, Numbers
+from cakefs.store.rows import BOUNDS
 from cakefs.store.rows import identity_hash as _hash
 from cakefs.store.rows import scan as _scan
-from cakefs.store.rows import span_key as _key
 from cakefs.store.rows import span_row as _row
 from cakefs.store.sha256 import TABLES as _SHA256_TABLES
 from cakefs.store.sha256 import Sha256s
@@ -37,6 +37,7 @@ TABLES = {
     "meta": False,  # the numbers of `numbers.py`
     "models": False,  # shown name → ModelRecord
     "manifests": False,  # "sha256:<hex>" of the encoded manifest → the encoded manifest
+    "outlines": False,  # a manifest's id → what `engine/known/shown.py` keeps of it
     "identities": False,  # first 20 bytes of the SHA-256 of a source identity → the identity
     "spans": False,  # those 20 bytes, start, stop (u64 BE each) → digest
     "refs": True,  # digest → keys of the rows in `spans` that name it
@@ -153,11 +154,12 @@ class Catalog:
             rows = txn.cursor(self._env.table["models"])
             return {str(k, "utf-8"): msgspec.msgpack.decode(v, type=ModelRecord) for k, v in rows}
 
-    def put_model(self, manifest: Manifest, *, pinned: bool | None = None) -> str:
+    def put_model(self, manifest: Manifest, *, pinned: bool | None = None, outline: bytes = b"") -> str:
         """Stores the manifest and shows it under its name, instead of what had that name.
 
         Args:
             pinned: None keeps what holds for that name (at first: not pinned).
+            outline: What follows from the manifest, for those who list many.
 
         Returns: The manifest's id.
         """
@@ -170,6 +172,8 @@ class Catalog:
             kept = old is not None and msgspec.msgpack.decode(old, type=ModelRecord).pinned
             pin = kept if pinned is None else pinned
             txn.put(id.encode(), data, db=table["manifests"])
+            if outline:
+                txn.put(id.encode(), outline, db=table["outlines"])
             self._put_record(txn, name, ModelRecord(id, int(time.time()), pin))
 
         self._env.write(work)
@@ -210,6 +214,11 @@ class Catalog:
         with self._read() as txn:
             return decode_head(self._encoded(txn, id))
 
+    def outlines(self) -> dict[str, bytes]:
+        """By the ids of the manifests; not of all of them."""
+        with self._read() as txn:
+            return {str(k, "ascii"): bytes(v) for k, v in txn.cursor(self._env.table["outlines"])}
+
     def manifest_ids(self) -> set[str]:
         with self._read() as txn:
             return {str(k, "ascii") for k in txn.cursor(self._env.table["manifests"]).iternext(values=False)}
@@ -223,6 +232,7 @@ class Catalog:
             used = {msgspec.msgpack.decode(v, type=ModelRecord).manifest for _, v in txn.cursor(table["models"])}
             for id in unwanted - used:
                 txn.delete(id.encode(), db=table["manifests"])
+                txn.delete(id.encode(), db=table["outlines"])
 
         self._env.write(work)
 
@@ -244,12 +254,18 @@ class Catalog:
         with self._read() as txn:
             return {span: str(digest, "ascii") for span, digest in _scan(txn, self._env.table["spans"], identity)}
 
-    def listing(self) -> list[tuple[SpanKey, str]]:
-        """All sealed spans with their digests."""
+    def sealed(self) -> dict[str, dict[tuple[int, int], str]]:
+        """All sealed spans with their digests, by identity, start and stop."""
+        found: dict[bytes, dict[tuple[int, int], str]] = {}
         with self._read() as txn:
+            for row, digest in txn.cursor(self._env.table["spans"]):
+                found.setdefault(bytes(row[:20]), {})[BOUNDS.unpack_from(row, 20)] = str(digest, "ascii")
             identities = {bytes(k): str(v, "utf-8") for k, v in txn.cursor(self._env.table["identities"])}
-            rows = txn.cursor(self._env.table["spans"])
-            return [(_key(bytes(k), identities), str(v, "ascii")) for k, v in rows]
+        return {identities[hash]: spans for hash, spans in found.items()}
+
+    def listing(self) -> list[tuple[SpanKey, str]]:
+        """The same, one by one."""
+        return [(SpanKey(i, *bounds), d) for i, spans in self.sealed().items() for bounds, d in spans.items()]
 
     def record_seals(self, seals: Iterable[tuple[SpanKey, BlobRecord]]) -> None:
         """Says where these spans' bytes are, in one transaction; a span that was elsewhere moves."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,6 @@ def identity_hash(identity: str) -> bytes:
 
 def span_row(key: SpanKey) -> bytes:
     return identity_hash(key.identity) + BOUNDS.pack(key.start, key.stop)
-
-
-def span_key(row: bytes, identities: Mapping[bytes, str]) -> SpanKey:
-    return SpanKey(identities[row[:20]], *BOUNDS.unpack_from(row, 20))
 
 
 def scan(txn: "Transaction", table: "Table", identity: str) -> Iterator[tuple[tuple[int, int], memoryview]]:

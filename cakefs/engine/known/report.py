@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cakefs.engine.known.knowing import knowledge
-from cakefs.engine.known.survey import Local, open_store, require_models, summarize
+from cakefs.engine.known.shown import Local
+from cakefs.engine.known.survey import open_store, require_models, summarize
 from cakefs.plan.report import Entry, Report, make_report
 
 
@@ -13,9 +14,9 @@ def report(path: Path, names: Sequence[str] = ()) -> Report:
     with open_store(path) as store:
         require_models(store, names)
         records = store.catalog.models()
-        chosen = [records[name] for name in dict.fromkeys(names or sorted(records))]
-        models = [(record.added, store.catalog.manifest(record.manifest)) for record in chosen]
+        chosen = {name: records[name] for name in names or records}
         local = Local.of_all(store)
-        found = zip(models, summarize(store, models, local), strict=True)
-        entries = [Entry(manifest, added, summary.state) for (added, manifest), summary in found]
-        return make_report(entries, knowledge(store, *(manifest for _, manifest in models)), local.size)
+        states = {summary.name: summary.state for summary in summarize(store, chosen, local)}
+        models = {name: store.catalog.manifest(chosen[name].manifest) for name in names or sorted(chosen)}
+        entries = [Entry(manifest, chosen[name].added, states[name]) for name, manifest in models.items()]
+        return make_report(entries, knowledge(store, *models.values()), local.size)

@@ -5,17 +5,18 @@ the spans, one of the partials, one of the manifests.
 """
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from cakefs.engine.known.shown import Local, Shown, outlines
 from cakefs.errors import UserError
-from cakefs.model import COMPUTED, File, Literal, Manifest, Source, SpanKey, TensorInfo, View, leaves, without_query
-from cakefs.plan.derived import own_files
+from cakefs.model import COMPUTED, File, Manifest, TensorInfo, View, leaves, without_query
 from cakefs.plan.requests import ChunkRef, span_chunks
 from cakefs.plan.view import Bytes, parts_of, tensor_data
 from cakefs.store.borrowing import Borrowing
+from cakefs.store.catalog import ModelRecord
 from cakefs.store.store import Store
 
 
@@ -113,82 +114,6 @@ class StoreSummary(NamedTuple):
     borrowed_bytes: int = 0
 
 
-class Local:
-    """What of which span is in the store, or in files that lend it, as of when this was made.
-
-    Args:
-        digests: Of the blobs of the complete ones.
-    """
-
-    def __init__(self, store: Store, digests: Mapping[SpanKey, str]) -> None:
-        self.digests = digests
-        self._partial = {key: store.local_bytes([key]) for key, _ in store.partials() if key not in digests}
-
-    @classmethod
-    def of_all(cls, store: Store) -> "Local":
-        Borrowing(store).forget_lost()
-        return cls(store, dict(store.catalog.listing()))
-
-    @classmethod
-    def of_model(cls, store: Store, manifest: Manifest) -> "Local":
-        Borrowing(store).forget_lost()
-        identities = {source.identity for source in manifest.sources}
-        return cls(store, {SpanKey(i, *span): d for i in identities for span, d in store.catalog.spans(i).items()})
-
-    def size(self, key: SpanKey) -> int:
-        return key.size if key in self.digests else self._partial.get(key, 0)
-
-
-class Shown:
-    """What a model's own files consist of: bytes shown by span, and bytes of literals."""
-
-    def __init__(self, manifest: Manifest, files: Iterable[File] | None = None) -> None:
-        """Args: files: Only these."""
-        sizes: dict[int, int] = {}
-        self.literal_bytes = self.size = 0
-        for file in own_files(manifest).values() if files is None else files:
-            self.size += file.size
-            for segment in file.segments:
-                if isinstance(segment, Literal):
-                    self.literal_bytes += segment.size
-                    continue
-                for extent in leaves(segment):
-                    if extent.size:  # An empty tensor is never stored.
-                        sizes[extent.span] = sizes.get(extent.span, 0) + extent.size
-        self.sources = {manifest.spans[span].source for span in sizes}
-        self.spans: dict[SpanKey, int] = {}
-        for span, size in sizes.items():
-            key = manifest.key(span)  # Files with equal bytes have equal keys.
-            self.spans[key] = self.spans.get(key, 0) + size
-
-    def local_bytes(self, local: Local) -> int:
-        """A span that is shown several times counts as often; what is calculated, as much as of its inputs is here."""
-        if self.complete(local):
-            return self.size
-        here = sum(min(size, local.size(key) * -(-size // (key.size or 1))) for key, size in self.spans.items())
-        return self.literal_bytes + self._as_shown(here)
-
-    def bytes_in(self, blobs: Container[str], local: Local) -> int:
-        """Of what is local, the part that is in these blobs, counted as in `local_bytes`."""
-        return self._as_shown(sum(size for digest, size in self.blobs(local).items() if digest in blobs))
-
-    def _as_shown(self, stored: int) -> int:
-        """How much of the files so many bytes of what they are made of stand for."""
-        needed, shown = sum(self.spans.values()), self.size - self.literal_bytes
-        return stored if shown == needed else stored * shown // needed
-
-    def complete(self, local: Local) -> bool:
-        return self.spans.keys() <= local.digests.keys()
-
-    def blobs(self, local: Local) -> dict[str, int]:
-        """Digests of the blobs of its complete spans, and how many bytes of each are shown or calculated with."""
-        found: dict[str, int] = {}
-        for key, size in self.spans.items():
-            if digest := local.digests.get(key):
-                found[digest] = found.get(digest, 0) + size
-        return found
-
-
 def open_store(path: Path) -> Store:
     """Raises UserError when there is none: looking at a store does not make one."""
     return Store.open(path, create=False)
@@ -237,38 +162,39 @@ def summarize_models(path: Path) -> list[ModelSummary]:
     if not _exists(path):
         return []
     with open_store(path) as store:
-        local, records = Local.of_all(store), store.catalog.models()
-        models = [(records[name].added, store.catalog.manifest(records[name].manifest)) for name in sorted(records)]
-        return [m._replace(pinned=records[m.name].pinned) for m in summarize(store, models, local)]
+        return summarize(store, store.catalog.models(), Local.of_all(store))
 
 
-def summarize(store: Store, models: Sequence[tuple[int, Manifest]], local: Local) -> list[ModelSummary]:
-    """Args: models: Each with when it was added; sharing counts among these."""
-    shown = [Shown(manifest) for _, manifest in models]
-    users = Counter(digest for one in shown for digest in one.blobs(local))
+def summarize(store: Store, records: Mapping[str, ModelRecord], local: Local) -> list[ModelSummary]:
+    """Models by name; sharing counts among these."""
+    models = [outlined for _, outlined in sorted(outlines(store, records).items())]
+    shown = [model.shown() for model in models]
+    found = [one.here(local) for one in shown]
+    users = Counter(digest for here in found for digest in here.blobs)
     shared = {digest for digest, times in users.items() if times > 1}
     confirmed, borrowed = _Confirmations(store), store.catalog.borrowed.digests()
     return [
         ModelSummary(
-            manifest.name,
-            manifest.origin,
-            manifest.revision,
-            added,
+            model.name,
+            model.origin,
+            model.revision,
+            records[model.name].added,
             size=one.size,
-            local_bytes=one.local_bytes(local),
-            shared_bytes=one.bytes_in(shared, local),
-            complete=(complete := one.complete(local)),
-            verified=complete and confirmed.all_of(manifest, one),
-            borrowed_bytes=one.bytes_in(borrowed, local),
-            substituted=manifest.substituted,
+            local_bytes=here.bytes,
+            shared_bytes=here.bytes_in(shared),
+            complete=here.complete,
+            verified=here.complete and not model.substituted and confirmed.all_of(one.published),
+            borrowed_bytes=here.bytes_in(borrowed),
+            substituted=model.substituted,
+            pinned=records[model.name].pinned,
         )
-        for (added, manifest), one in zip(models, shown, strict=True)
+        for model, one, here in zip(models, shown, found, strict=True)
     ]
 
 
 def summarize_files(manifest: Manifest, local: Local) -> list[FileSummary]:
     def summary(file: File) -> FileSummary:
-        return FileSummary(file.path, file.view, file.size, Shown(manifest, [file]).local_bytes(local))
+        return FileSummary(file.path, file.view, file.size, Shown.of(manifest, [file]).here(local).bytes)
 
     return [summary(file) for file in sorted(manifest.files, key=lambda f: (f.view == View.ORIGINAL, f.path))]
 
@@ -285,7 +211,7 @@ def summarize_sources(store: Store, manifest: Manifest) -> list[SourceSummary]:
             without_query(s.identity),
             s.locator.size,
             s.sha256,
-            confirmed.of(s),
+            confirmed.of(s.identity),
             dict(dtypes[s.path].most_common()),
         )
         for s in manifest.sources
@@ -303,7 +229,7 @@ def summarize_tensors(manifest: Manifest, local: Local) -> list[TensorSummary]:
             found.append(TensorSummary(tensor.name, tensor.dtype, tensor.shape, data.size, here, "", source))
             continue
         key = manifest.key(tensor.span)
-        here, digest = local.size(key), local.digests.get(key, "")
+        here, digest = local.size(key), local.digest(key)
         found.append(TensorSummary(tensor.name, tensor.dtype, tensor.shape, key.size, here, digest, source))
     return found
 
@@ -321,7 +247,8 @@ def _source(manifest: Manifest, data: Bytes) -> str:
 
 def is_verified(store: Store, manifest: Manifest, shown: Shown) -> bool:
     """Complete, and every published SHA-256 was met."""
-    return shown.complete(Local.of_model(store, manifest)) and _Confirmations(store).all_of(manifest, shown)
+    here = shown.here(Local.of_model(store, manifest)).complete and not manifest.substituted
+    return here and _Confirmations(store).all_of(shown.published)
 
 
 class _Confirmations:
@@ -331,17 +258,16 @@ class _Confirmations:
         self._catalog = store.catalog
         self._known: dict[str, bool | None] = {}
 
-    def of(self, source: Source) -> bool | None:
+    def of(self, identity: str) -> bool | None:
         """None while the file was not hashed here."""
-        if source.identity not in self._known:
-            verified = self._catalog.verified(source.identity)
-            self._known[source.identity] = None if verified is None else verified.ok
-        return self._known[source.identity]
+        if identity not in self._known:
+            verified = self._catalog.verified(identity)
+            self._known[identity] = None if verified is None else verified.ok
+        return self._known[identity]
 
-    def all_of(self, manifest: Manifest, shown: Shown) -> bool:
+    def all_of(self, published: Collection[str]) -> bool:
         """True when there are published hashes, and all of them were met."""
-        published = [s for i in shown.sources if (s := manifest.sources[i]).sha256]
-        return bool(published) and not manifest.substituted and all(self.of(source) for source in published)
+        return bool(published) and all(map(self.of, published))
 
 
 def _exists(path: Path) -> bool:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
-from cakefs.engine.known.survey import Local, find_model
+from cakefs.engine.known.shown import Local
+from cakefs.engine.known.survey import find_model
 from cakefs.engine.models.views import Made, make_view
 from cakefs.errors import StoreFull, UserError
 from cakefs.model import Manifest, View
