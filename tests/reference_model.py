@@ -240,7 +240,7 @@ class Engine(RuleBasedStateMachine):
         return None if self._may_fail(running) else running
 
     def _pull(self, running: Running, name: str) -> int:
-        manifest = self.store.catalog.manifest(self.store.catalog.models()[name].manifest)
+        manifest = self.store.catalog.models.manifest(self.store.catalog.models.all()[name].manifest)
         return running.call(jobs.pull, running.app.store, running.app.fetcher, manifest, manifest.files, lambda _: None)
 
     def _quiet(self) -> None:
@@ -267,7 +267,7 @@ class Engine(RuleBasedStateMachine):
     @rule(pick=PICK)
     def remove(self, pick: int) -> None:
         name = self._name(pick)
-        assert self.store.catalog.remove_model(name)
+        assert self.store.catalog.models.remove(name)
         del self.models[name]
         self.tensors.pop(name, None)
         self.pinned.discard(name)
@@ -312,7 +312,7 @@ class Engine(RuleBasedStateMachine):
     @rule(pick=PICK, pinned=st.booleans())
     def pin(self, pick: int, pinned: bool) -> None:
         name = self._name(pick)
-        self.store.catalog.set_pinned(name, pinned)
+        self.store.catalog.models.set_pinned(name, pinned)
         (self.pinned.add if pinned else self.pinned.discard)(name)
 
     # Reading
@@ -365,7 +365,7 @@ class Engine(RuleBasedStateMachine):
     def evict(self, pick: int, idle: bool) -> None:
         """Args: idle: The apps have nothing open any more that they served from."""
         self._let_go(idle)
-        manifest = self.store.catalog.manifest(self.store.catalog.models()[self._name(pick)].manifest)
+        manifest = self.store.catalog.models.manifest(self.store.catalog.models.all()[self._name(pick)].manifest)
         with self._sparing_pinned():
             evict.evict(self.store, evict.eviction_of(self.store, manifest))
 
@@ -398,7 +398,7 @@ class Engine(RuleBasedStateMachine):
     @precondition(lambda self: self.models)
     @rule(pick=PICK)
     def repair(self, pick: int) -> None:
-        manifest = self.store.catalog.manifest(self.store.catalog.models()[self._name(pick)].manifest)
+        manifest = self.store.catalog.models.manifest(self.store.catalog.models.all()[self._name(pick)].manifest)
         jobs.verify(self.store, manifest, lambda _: None, repair=True)
         self._quiet()
         again = jobs.verify(self.store, manifest, lambda _: None, repair=False)
@@ -406,7 +406,7 @@ class Engine(RuleBasedStateMachine):
 
     def _intact(self, name: str) -> set[SpanKey]:
         """The spans of a model whose bytes are all here and good."""
-        manifest = self.store.catalog.manifest(self.store.catalog.models()[name].manifest)
+        manifest = self.store.catalog.models.manifest(self.store.catalog.models.all()[name].manifest)
         return {key for i, s in enumerate(manifest.spans) if s.size and self._is_intact(key := manifest.key(i))}
 
     def _is_intact(self, key: SpanKey) -> bool:
@@ -525,17 +525,17 @@ class Engine(RuleBasedStateMachine):
                     self._read(running, name, view, path, 0, len(files[view, path]))
         self._quiet()
         for name in self.models:
-            manifest = self.store.catalog.manifest(self.store.catalog.models()[name].manifest)
+            manifest = self.store.catalog.models.manifest(self.store.catalog.models.all()[name].manifest)
             jobs.verify(self.store, manifest, lambda _: None, repair=True)
         for name in self.models:
             self._pull(self.apps[0], name)
-            manifest = self.store.catalog.manifest(self.store.catalog.models()[name].manifest)
+            manifest = self.store.catalog.models.manifest(self.store.catalog.models.all()[name].manifest)
             found = jobs.verify(self.store, manifest, lambda _: None, repair=False)
             assert (found.bad, found.lost) == ([], [])
         self._quiet()
         self._offline()
         for name in list(self.models):
-            self.store.catalog.remove_model(name)
+            self.store.catalog.models.remove(name)
         for handle in self.handles:
             handle.running.call_sync(handle.reader.close)
         assert eventually(lambda: jobs.gc_plan(self.store).held == [])

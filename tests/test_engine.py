@@ -261,7 +261,7 @@ def test_an_index_that_breaks_its_rules_leaves_no_model(hub: Hub, tmp_path: Path
     async def body(app: App) -> None:
         with pytest.raises(InvalidFormat, match=r"model.safetensors.index.json"):
             await add(app, "org/name")
-        assert app.store.catalog.models() == {}
+        assert app.store.catalog.models.all() == {}
 
     run(hub, tmp_path / "store", body)
 
@@ -402,7 +402,7 @@ def test_a_removed_model_is_let_go_once_nothing_of_it_is_open(hub: Hub, tmp_path
             manifest_id = library.names()["org/name"]
             reader = library.open(manifest_id, library.manifest(manifest_id).shown(View.MODEL)["model.safetensors"])
             await reader.read(0, len(published))
-            app.store.catalog.remove_model("org/name")
+            app.store.catalog.models.remove("org/name")
             await trio.sleep(2.5 * LET_GO_S)
             assert jobs.gc_plan(app.store).blobs == {}
             assert bytes(await reader.read(0, len(published))) == published
@@ -443,6 +443,6 @@ def test_a_name_that_a_file_of_another_model_would_hide_is_refused(hub: Hub, tmp
         await add(app, "org/name")
         with pytest.raises(UserError, match="would be hidden by a file of org/name"):
             await add(app, "org/other", name)
-        assert set(app.store.catalog.models()) == {"org/name"}
+        assert set(app.store.catalog.models.all()) == {"org/name"}
 
     run(hub, tmp_path / "store", body)

@@ -57,13 +57,13 @@ def cakefs(hub: Hub, tmp_path: Path) -> Inside:
 
 
 def manifests(store: Store) -> list[Manifest]:
-    return [store.catalog.manifest(record.manifest) for record in store.catalog.models().values()]
+    return [store.catalog.models.manifest(record.manifest) for record in store.catalog.models.all().values()]
 
 
 def test_an_outline_says_what_the_manifest_does(cakefs: Inside) -> None:
     cakefs("pull", "org/name", "--layers", "0")
     with Store.open(cakefs.store) as store:
-        stored = {data for data in store.catalog.outlines().values()}
+        stored = {data for data in store.catalog.models.outlines().values()}
         local = shown.Local.of_all(store)
         for manifest in manifests(store):
             outline = Outline.of(manifest)
@@ -100,5 +100,5 @@ def test_gc_takes_the_outlines_along(cakefs: Inside) -> None:
     cakefs("rm", "deep")
     cakefs("gc")
     with Store.open(cakefs.store) as store:
-        assert store.catalog.outlines().keys() == store.catalog.manifest_ids()
-        assert len(store.catalog.manifest_ids()) == 3
+        assert store.catalog.models.outlines().keys() == store.catalog.models.manifest_ids()
+        assert len(store.catalog.models.manifest_ids()) == 3

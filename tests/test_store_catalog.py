@@ -22,8 +22,8 @@ from pathlib import Path
 from cakefs.model import Manifest
 from cakefs.store import Catalog
 catalog = Catalog.open(Path(sys.argv[1]), map_size=1 << 22)
-catalog.put_model(Manifest("from/elsewhere", "", "", "", 0, (), (), (), ()))
-print(catalog.generation())
+catalog.models.put(Manifest("from/elsewhere", "", "", "", 0, (), (), (), ()))
+print(catalog.models.generation())
 """
 
 
@@ -43,61 +43,61 @@ def record(digest: str, inline: bytes | None = None) -> BlobRecord:
 
 
 def test_models(catalog: Catalog) -> None:
-    assert (catalog.models(), catalog.generation()) == ({}, 0)
-    first = catalog.put_model(manifest("org/a"))
-    catalog.put_model(manifest("org/ü"), pinned=True)
-    assert catalog.generation() == 2
-    models = catalog.models()
+    assert (catalog.models.all(), catalog.models.generation()) == ({}, 0)
+    first = catalog.models.put(manifest("org/a"))
+    catalog.models.put(manifest("org/ü"), pinned=True)
+    assert catalog.models.generation() == 2
+    models = catalog.models.all()
     assert {name: (m.manifest, m.pinned) for name, m in models.items()} == {
         "org/a": (first, False),
-        "org/ü": (catalog.put_model(manifest("org/ü")), True),
+        "org/ü": (catalog.models.put(manifest("org/ü")), True),
     }
     assert models["org/a"].added > 1_600_000_000
-    assert catalog.manifest(first) == manifest("org/a")
+    assert catalog.models.manifest(first) == manifest("org/a")
 
 
 def test_a_model_is_replaced_and_keeps_its_pin(catalog: Catalog) -> None:
-    old = catalog.put_model(manifest("org/a"), pinned=True)
-    new = catalog.put_model(manifest("org/a", "2"))
-    assert (catalog.models()["org/a"].manifest, catalog.models()["org/a"].pinned) == (new, True)
-    assert catalog.manifest_ids() == {old, new}
-    catalog.drop_manifests([old, new])
-    assert catalog.manifest_ids() == {new}, "a manifest that a model has is not dropped"
+    old = catalog.models.put(manifest("org/a"), pinned=True)
+    new = catalog.models.put(manifest("org/a", "2"))
+    assert (catalog.models.all()["org/a"].manifest, catalog.models.all()["org/a"].pinned) == (new, True)
+    assert catalog.models.manifest_ids() == {old, new}
+    catalog.models.drop_manifests([old, new])
+    assert catalog.models.manifest_ids() == {new}, "a manifest that a model has is not dropped"
     with pytest.raises(NotFound):
-        catalog.manifest(old)
+        catalog.models.manifest(old)
 
 
 def test_pins_and_removal_change_the_generation(catalog: Catalog) -> None:
-    catalog.put_model(manifest("org/a"))
-    assert catalog.set_pinned("org/a", True) and catalog.models()["org/a"].pinned
-    assert not catalog.set_pinned("unknown", True)
-    before = catalog.generation()
-    assert catalog.set_pinned("org/a", True)
-    assert catalog.generation() == before, "nothing changed"
-    assert catalog.remove_model("org/a")
-    assert not catalog.remove_model("org/a")
-    assert catalog.generation() == before + 1
-    assert catalog.models() == {}
-    assert len(catalog.manifest_ids()) == 1, "for gc"
+    catalog.models.put(manifest("org/a"))
+    assert catalog.models.set_pinned("org/a", True) and catalog.models.all()["org/a"].pinned
+    assert not catalog.models.set_pinned("unknown", True)
+    before = catalog.models.generation()
+    assert catalog.models.set_pinned("org/a", True)
+    assert catalog.models.generation() == before, "nothing changed"
+    assert catalog.models.remove("org/a")
+    assert not catalog.models.remove("org/a")
+    assert catalog.models.generation() == before + 1
+    assert catalog.models.all() == {}
+    assert len(catalog.models.manifest_ids()) == 1, "for gc"
 
 
 def test_other_processes_are_noticed(catalog: Catalog, tmp_path: Path) -> None:
-    catalog.put_model(manifest("org/a"))
+    catalog.models.put(manifest("org/a"))
     command = [sys.executable, "-c", ADDER, str(tmp_path / "catalog")]
     assert subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout == b"2\n"
-    assert catalog.generation() == 2
-    assert set(catalog.models()) == {"org/a", "from/elsewhere"}
+    assert catalog.models.generation() == 2
+    assert set(catalog.models.all()) == {"org/a", "from/elsewhere"}
 
 
 @pytest.mark.parametrize("name", ["", "x" * 512, "ü" * 256])
 def test_names_that_cannot_be_kept(catalog: Catalog, name: str) -> None:
     with pytest.raises(UserError):
-        catalog.put_model(manifest(name))
-    assert catalog.manifest_ids() == set()
+        catalog.models.put(manifest(name))
+    assert catalog.models.manifest_ids() == set()
 
 
 def test_a_damaged_manifest_is_refused(catalog: Catalog, tmp_path: Path) -> None:
-    name = catalog.put_model(manifest("org/a", "revision-in-clear-text"))
+    name = catalog.models.put(manifest("org/a", "revision-in-clear-text"))
     catalog.close()
     path = tmp_path / "catalog" / "data.mdb"
     path.write_bytes(path.read_bytes().replace(b"clear-text", b"clear-tixt"))
@@ -171,9 +171,9 @@ def test_other_library_errors_are_ours(catalog: Catalog, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(catalog._env, "_env", type("Broken", (), {"begin": staticmethod(corrupted)})())
     with pytest.raises(CorruptData):
-        catalog.models()
+        catalog.models.all()
     with pytest.raises(CorruptData):
-        catalog.put_model(manifest("org/a"))
+        catalog.models.put(manifest("org/a"))
     monkeypatch.undo()
 
 
@@ -184,9 +184,9 @@ def test_threads_read_and_write(catalog: Catalog) -> None:
     def work(number: int) -> None:
         try:
             for i in range(12):
-                catalog.put_model(manifest(f"{number}-{i}", "r" * 30_000))
-                assert f"{number}-{i}" in catalog.models()
-                catalog.generation()
+                catalog.models.put(manifest(f"{number}-{i}", "r" * 30_000))
+                assert f"{number}-{i}" in catalog.models.all()
+                catalog.models.generation()
         except BaseException as error:
             failures.append(error)
 
@@ -196,7 +196,7 @@ def test_threads_read_and_write(catalog: Catalog) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
-    assert len(catalog.models()) == 72
+    assert len(catalog.models.all()) == 72
 
 
 KEYS = st.builds(

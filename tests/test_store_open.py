@@ -98,13 +98,13 @@ from cakefs.store import Store
 store = Store.open(Path(sys.argv[1]))
 if os.fork() == 0:
     refused = 0
-    for use in (store.catalog.models, lambda: Store.open(Path(sys.argv[1]))):
+    for use in (store.catalog.models.all, lambda: Store.open(Path(sys.argv[1]))):
         try:
             use()
         except RuntimeError as error:
             refused += "fork" in str(error)
     os._exit(refused)
-print(os.waitstatus_to_exitcode(os.wait()[1]), store.catalog.models())
+print(os.waitstatus_to_exitcode(os.wait()[1]), store.catalog.models.all())
 """
 
 LITTLE_MEMORY = """
@@ -125,7 +125,7 @@ from cakefs.store import Catalog
 from cakefs.model import Manifest
 catalog = Catalog.open(Path(sys.argv[1]), map_size=1 << 19)
 for i in range(40):
-    catalog.put_model(Manifest(f"model-{i}", "", "r" * 50000, "", 0, (), (), (), ()))
+    catalog.models.put(Manifest(f"model-{i}", "", "r" * 50000, "", 0, (), (), (), ()))
 """
 
 
@@ -137,7 +137,7 @@ def python(code: str, *arguments: str | Path) -> str:
 @pytest.mark.parametrize("table", ["models", "spans"])
 def test_a_catalog_that_lost_a_table_is_broken_and_no_empty_one(tmp_path: Path, table: str) -> None:
     with Store.open(tmp_path / "store", map_size=MAP_SIZE) as store:
-        store.catalog.put_model(manifest("model"))
+        store.catalog.models.put(manifest("model"))
     with lmdb.Environment(str(tmp_path / "store/catalog"), max_dbs=20) as env:
         lost = env.open_db(table.encode(), create=False)
         with env.begin(write=True) as txn:
@@ -157,19 +157,19 @@ def test_little_address_space_is_enough(tmp_path: Path) -> None:
 def test_the_catalog_grows(tmp_path: Path) -> None:
     catalog = Catalog.open(tmp_path / "catalog", map_size=1 << 19)
     for i in range(40):
-        catalog.put_model(manifest(f"model-{i}", "r" * 50_000))
-    assert len(catalog.models()) == 40
+        catalog.models.put(manifest(f"model-{i}", "r" * 50_000))
+    assert len(catalog.models.all()) == 40
     catalog.close()
 
 
 def test_the_catalog_follows_the_growth_of_others(tmp_path: Path) -> None:
     catalog = Catalog.open(tmp_path / "catalog", map_size=1 << 19)
     python(GROWER, tmp_path / "catalog")
-    assert len(catalog.models()) == 40
-    assert catalog.generation() == 40
+    assert len(catalog.models.all()) == 40
+    assert catalog.models.generation() == 40
     python(GROWER, tmp_path / "catalog")
-    catalog.put_model(manifest("mine"))
-    assert len(catalog.models()) == 41
+    catalog.models.put(manifest("mine"))
+    assert len(catalog.models.all()) == 41
     catalog.close()
 
 
@@ -187,12 +187,12 @@ def test_where_the_catalog_cannot_grow_it_stays_as_it_was(tmp_path: Path, monkey
             return getattr(self._real, name)
 
     catalog = Catalog.open(tmp_path / "catalog", map_size=1 << 19)
-    catalog.put_model(manifest("first"))
+    catalog.models.put(manifest("first"))
     monkeypatch.setattr(catalog._env, "_env", Unwilling(catalog._env._env))
     with pytest.raises(StoreFull, match="cannot grow"):
-        catalog.put_model(manifest("second", "r" * 1_000_000))
-    assert list(catalog.models()) == ["first"]
-    catalog.put_model(manifest("third"))
+        catalog.models.put(manifest("second", "r" * 1_000_000))
+    assert list(catalog.models.all()) == ["first"]
+    catalog.models.put(manifest("third"))
     catalog.close()
 
 
@@ -235,7 +235,7 @@ def test_a_full_disk_loses_nothing(disk: Path) -> None:
             "small": lambda: store.put_span(key("tiny", 9), b"123456789"),
             "large": lambda: store.put_span(key("large", 9000), data("large", 9000)),
             "literal": lambda: store.put_literal(data("literal", 9000)),
-            "model": lambda: store.catalog.put_model(manifest("model", "r" * 100_000)),
+            "model": lambda: store.catalog.models.put(manifest("model", "r" * 100_000)),
             "lease": lambda: store.lease(),
         }
         for name, attempt in attempts.items():
@@ -249,14 +249,14 @@ def test_a_full_disk_loses_nothing(disk: Path) -> None:
             assert read(store, "three", len(THREE)) == THREE
         assert {"chunk", "large", "literal", "model"} <= set(refused)
         assert store.content(key("large", 9000)) is None
-        assert store.catalog.models() == {}
+        assert store.catalog.models.all() == {}
         # There is room again: everything goes on.
         os.unlink(disk / "filler")
         for attempt in attempts.values():
             attempt()
         assert store.seal([complete]) == [complete]
         assert read(store, "large", 9000) == data("large", 9000)
-        assert list(store.catalog.models()) == ["model"]
+        assert list(store.catalog.models.all()) == ["model"]
         store.sweep()
         assert {d for d, _ in store.blobs.files()} == {d for d, _, inline in store.catalog.blobs() if not inline}
 
@@ -328,7 +328,7 @@ def test_a_read_only_store_serves_what_it_has(disk: Path) -> None:
             lambda: write(store, "three", THREE),
             lambda: write(store, "new", TWO),
             lambda: store.put_span(key("tiny", 9), b"123456789"),
-            lambda: store.catalog.put_model(manifest("model")),
+            lambda: store.catalog.models.put(manifest("model")),
             lambda: store.drop_span(key("two", len(TWO))),
             lambda: store.sweep(),
             lambda: enter(store.guard()),

@@ -340,7 +340,7 @@ def test_a_70b_of_137_layers_costs_a_header(views: Views) -> None:
         span = next(i for i, s in enumerate(manifest.sources) if s.path == "config.json")
         (key,) = [manifest.key(i) for i, s in enumerate(manifest.spans) if s.source == span]
         store.put_span(key, json.dumps(config).encode())
-        store.catalog.put_model(manifest)
+        store.catalog.models.put(manifest)
     before = disk_usage(views.store)
     started = time.process_time()
     layers = ",".join(str(i) for i in [*range(60), *range(3, 80)])
@@ -454,7 +454,7 @@ def test_a_name_that_is_taken_needs_update(views: Views) -> None:
 def test_a_config_that_is_gone_is_said_and_pulled_again(views: Views) -> None:
     views.publish("org/name", llama(2, width=8))
     with Store.open(views.store) as store:
-        manifest = store.catalog.manifest(store.catalog.models()["org/name"].manifest)
+        manifest = store.catalog.models.manifest(store.catalog.models.all()["org/name"].manifest)
         for i, span in enumerate(manifest.spans):
             if manifest.sources[span.source].path == "config.json":
                 store.drop_span(manifest.key(i))

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
 
     with open_store(config_of(args).store) as store:
         manifest = find_model(store, args.model)
-        if store.catalog.models()[args.model].pinned:
+        if store.catalog.models.all()[args.model].pinned:
             raise UserError(f"{args.model} is pinned", hint=f"cakefs unpin {args.model}")
         plan = evict.eviction_of(store, manifest)
         done = evict.evict(store, plan, spare_jobs=True, dry_run=args.dry_run)

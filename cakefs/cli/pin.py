@@ -23,7 +23,7 @@ def set_pinned(args: argparse.Namespace, out: Out, *, pinned: bool) -> int:
     with open_store(config_of(args).store) as store:
         require_models(store, args.models)  # All or none.
         for name in args.models:
-            store.catalog.set_pinned(name, pinned)
+            store.catalog.models.set_pinned(name, pinned)
             if not args.json:
                 out.result(name, f"{'pinned' if pinned else 'unpinned'} {name}")
     if args.json:

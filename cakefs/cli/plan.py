@@ -66,7 +66,7 @@ def _preview(args: argparse.Namespace) -> "Preview":
     config = config_of(args)
     if (config.store / "format").exists():
         with survey.open_store(config.store) as store:
-            if args.model in store.catalog.models() or config.offline:
+            if args.model in store.catalog.models.all() or config.offline:
                 return _look(store, survey.find_model(store, args.model), args, config.hub_cache)
     from cakefs.engine.models.sources import default_name, parse_source  # the network, 0.2 s: not for a known model
 

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
     with open_store(config_of(args).store) as store:
         require_models(store, args.models)  # All or none.
         for name in args.models:
-            store.freeing(partial(store.catalog.remove_model, name))
+            store.freeing(partial(store.catalog.models.remove, name))
             if not args.json:
                 out.result(name, f"removed {name}")
     if args.json:

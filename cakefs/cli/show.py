@@ -33,7 +33,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
         sources = survey.summarize_sources(store, manifest)
         tensors = survey.summarize_tensors(manifest, local) if args.tensors else []
         no_gguf = "" if args.tensors or args.quiet else why_none(manifest, store)
-        pinned = store.catalog.models()[args.model].pinned
+        pinned = store.catalog.models.all()[args.model].pinned
     if args.json:
         facts = {"pinned": pinned, "no_gguf": no_gguf}
         out.json(_as_json(manifest, files, sources, tensors if args.tensors else None) | facts)

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
     results, gone = {}, {}
     views: set[str] = set()  # slices and merges
     with survey.open_store(place) as store:
-        for name in [args.model] if args.model else sorted(store.catalog.models()):
+        for name in [args.model] if args.model else sorted(store.catalog.models.all()):
             manifest = survey.find_model(store, name)
             before = store.catalog.recorded(map(manifest.key, range(len(manifest.spans))))
             results[name] = _verify(store, manifest, args.repair, out)

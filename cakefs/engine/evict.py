@@ -53,7 +53,7 @@ class Evicted(NamedTuple):
 def eviction_of(store: Store, manifest: Manifest) -> Eviction:
     """What `evict MODEL` gives up: the model's bytes, except what other models have as well."""
     keys = {manifest.key(span) for span in range(len(manifest.spans))}
-    used = _keys_of_models(store, [r.manifest for n, r in store.catalog.models().items() if n != manifest.name])
+    used = _keys_of_models(store, [r.manifest for n, r in store.catalog.models.all().items() if n != manifest.name])
     here = _Here.of(store)
     own = here.holding(keys) - here.holding(used)
     return plan_eviction(_residents(store, here, _may_go(store, here) & own), EVERYTHING)._replace(short=0)
@@ -132,12 +132,12 @@ def used_bytes(store: Store) -> int:
 
 
 def _may_go(store: Store, here: _Here) -> set[Digest | SpanKey]:
-    models = store.catalog.models()
+    models = store.catalog.models.all()
     fetchable: dict[str, int] = {}
     local: set[str] = set()  # Of a model from this machine, whose files may be gone: others' addresses are not its own.
     for record in models.values():
         try:
-            head = store.catalog.manifest_head(record.manifest)
+            head = store.catalog.models.head(record.manifest)
         except CakeError:
             continue  # Damaged: nothing of it can be fetched again until it is added again.
         for source in head.sources:
@@ -153,7 +153,7 @@ def _keys_of_models(store: Store, manifests: Sequence[str]) -> set[SpanKey]:
     keys: set[SpanKey] = set()
     for manifest_id in manifests:
         try:
-            manifest = store.catalog.manifest(manifest_id)
+            manifest = store.catalog.models.manifest(manifest_id)
         except CakeError:
             continue
         keys.update(manifest.key(span) for span in range(len(manifest.spans)))

@@ -19,13 +19,13 @@ _JOB = "job-"  # Before the manifest, in a lease: mounts hold manifests, too, an
 def held(store: Store, names: Sequence[str]) -> Iterator[list[Manifest]]:
     """The manifests that these names stand for now. Raises UserError."""
     require_models(store, names)
-    records = store.catalog.models()
+    records = store.catalog.models.all()
     lease = _lease(store)
     try:
         for name in names:
             lease.hold(records[name].manifest)
             lease.hold(_JOB + records[name].manifest)
-        yield [store.catalog.manifest(records[name].manifest) for name in names]
+        yield [store.catalog.models.manifest(records[name].manifest) for name in names]
     finally:
         lease.close()
 

@@ -157,7 +157,7 @@ class Indexer:
     def put(self, manifest: Manifest, *, update: bool = False) -> Added:
         """Shows the model under its name. Raises UserError for a name that is taken."""
         catalog, changed = self._store.catalog, True
-        before = catalog.models().get(manifest.name)
+        before = catalog.models.all().get(manifest.name)
         old = self._readable(before.manifest) if before is not None else None
         if old is not None:
             if same_model(old, manifest):
@@ -173,7 +173,7 @@ class Indexer:
     def _readable(self, manifest_id: str) -> Manifest | None:
         """None for one that is damaged: adding the model again is what mends it."""
         try:
-            return self._store.catalog.manifest(manifest_id)
+            return self._store.catalog.models.manifest(manifest_id)
         except (CorruptData, InvalidFormat, NotFound):
             return None
 
@@ -205,12 +205,12 @@ def _taken(old: Manifest, new: Manifest) -> UserError:
 
 def check_place(store: Store, manifest: Manifest) -> None:
     """Refuses a name that a file of another model would hide in the mount, or whose files would hide another model."""
-    name, known = manifest.name, store.catalog.models()
+    name, known = manifest.name, store.catalog.models.all()
     for other in known:
         outer, inner = (other, name) if name.startswith(other + "/") else (name, other)
         if not inner.startswith(outer + "/"):
             continue
-        files = manifest if outer == name else store.catalog.manifest(known[outer].manifest)
+        files = manifest if outer == name else store.catalog.models.manifest(known[outer].manifest)
         first = inner[len(outer) + 1 :].partition("/")[0]
         if any(path.partition("/")[0] == first for path in files.shown(View.MODEL)):
             raise UserError(f"{inner} would be hidden by a file of {outer}", hint="choose another --as NAME")

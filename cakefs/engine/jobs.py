@@ -237,14 +237,14 @@ def _lost_literals(store: Store, manifest: Manifest, *, repair: bool) -> list[st
 def gc_plan(store: Store) -> GcPlan:
     """What nothing alive refers to. Names and the manifests that live mounts hold are alive."""
     catalog = store.catalog
-    stored = catalog.manifest_ids()
-    named = {record.manifest for record in catalog.models().values()}
+    stored = catalog.models.manifest_ids()
+    named = {record.manifest for record in catalog.models.all().values()}
     held = (store.leased() & stored) - named
     alive = named | held
     spans: set[SpanKey] = set()
     literals: set[str] = set()
     for manifest_id in alive:
-        manifest = catalog.manifest(manifest_id)
+        manifest = catalog.models.manifest(manifest_id)
         spans.update(manifest.key(i) for i, span in enumerate(manifest.spans) if span.size)
         literals.update(s.blob for f in manifest.files for s in f.segments if isinstance(s, Literal))
     listing = catalog.listing()
@@ -252,7 +252,7 @@ def gc_plan(store: Store) -> GcPlan:
     borrowed = catalog.borrowed.digests()  # Nothing is freed by forgetting these.
     blobs = {digest: 0 if digest in borrowed else size for digest, size, _ in catalog.blobs()}
     plan = plan_gc(stored, alive, spans, listing, blobs, dict(store.partials()))
-    names = sorted(catalog.manifest_head(manifest_id).name for manifest_id in held)
+    names = sorted(catalog.models.head(manifest_id).name for manifest_id in held)
     return plan._replace(held=names, set_aside=store.usage().quarantine_bytes)
 
 
@@ -266,9 +266,9 @@ def collect(store: Store) -> GcPlan:
         plan = gc_plan(store)
         for key in plan.partials:  # First: on a full disk the catalog needs room to shrink.
             store.drop_partial(key)
-        store.freeing(lambda: store.catalog.drop_manifests(plan.manifests))
+        store.freeing(lambda: store.catalog.models.drop_manifests(plan.manifests))
         store.freeing(lambda: store.catalog.forget_spans(plan.spans))
-        heads = map(store.catalog.manifest_head, store.catalog.manifest_ids())
+        heads = map(store.catalog.models.head, store.catalog.models.manifest_ids())
         store.catalog.sha256.keep_claims({source.identity for head in heads for source in head.sources})
         store.delete_blobs(list(plan.blobs))
         Borrowing(store).forget_lost()

@@ -44,7 +44,7 @@ def recover(store: Path) -> Recovered | None:
             backup.put_back(store)
             as_of = None
     with Store.open(store, create=False) as opened:
-        return Recovered(aside, as_of, len(opened.catalog.models()))
+        return Recovered(aside, as_of, len(opened.catalog.models.all()))
 
 
 def told(found: Recovered) -> list[str]:

@@ -6,22 +6,21 @@ row: dropping a digest takes the spans along, so that the name can stand for oth
 Rows of `blobs` mirror files: the calls that add or drop them are made by `Store`, under its lock of names.
 """
 
-import hashlib
 import struct
-import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from cakefs.errors import CorruptData, NotFound, UserError
-from cakefs.model import Manifest, ManifestHead, SpanKey, decode_head, decode_manifest, encode_manifest
+from cakefs.model import SpanKey
 from cakefs.store import distances
 from cakefs.store.borrowed import TABLES as _BORROWED_TABLES
 from cakefs.store.borrowed import Borrowed, Place, Stamp
 from cakefs.store.environment import MAP_SIZE, Environment
-from cakefs.store.numbers import GENERATION, REFUTATIONS, Numbers
+from cakefs.store.models import TABLES as _MODELS_TABLES
+from cakefs.store.models import Models
+from cakefs.store.numbers import REFUTATIONS, Numbers
 from cakefs.store.rows import BOUNDS
 from cakefs.store.rows import identity_hash as _hash
 from cakefs.store.rows import scan as _scan
@@ -35,9 +34,7 @@ if TYPE_CHECKING:
 # name → whether a key has many values
 TABLES = {
     "meta": False,  # the numbers of `numbers.py`
-    "models": False,  # shown name → ModelRecord
-    "manifests": False,  # "sha256:<hex>" of the encoded manifest → the encoded manifest
-    "outlines": False,  # a manifest's id → what `engine/known/shown.py` keeps of it
+    **_MODELS_TABLES,
     "identities": False,  # first 20 bytes of the SHA-256 of a source identity → the identity
     "spans": False,  # those 20 bytes, start, stop (u64 BE each) → digest
     "refs": True,  # digest → keys of the rows in `spans` that name it
@@ -49,7 +46,6 @@ TABLES = {
 }
 REQUIRED = ("meta", "models", "manifests", "identities", "spans", "refs", "blobs", "verified")
 
-_LONGEST_KEY = 511  # LMDB's limit
 _BLOB = struct.Struct("<QI")
 
 
@@ -67,17 +63,6 @@ class BlobRecord(NamedTuple):
     places: tuple[Place, ...] = ()
 
 
-class ModelRecord(msgspec.Struct, frozen=True, array_like=True):
-    """Attributes:
-    manifest: Its manifest's id.
-    added: Unix seconds.
-    """
-
-    manifest: str
-    added: int
-    pinned: bool
-
-
 class Verified(msgspec.Struct, frozen=True, array_like=True):
     """Outcome of the last check of a whole upstream file against its published SHA-256; `when` in Unix seconds."""
 
@@ -92,6 +77,7 @@ class Catalog:
         self._env = env
         self._read = env.read
         self.numbers = Numbers(env)
+        self.models = Models(env, self.numbers)
         self.sha256 = Sha256s(env)
         self.borrowed = Borrowed(env)
         self.distances = distances.Distances(env)
@@ -125,10 +111,7 @@ class Catalog:
         self._env.walk()
         self.listing()
         self.blobs()
-        self.models()
-        with self._read() as txn:
-            for id in txn.cursor(self._env.table["manifests"]).iternext(values=False):
-                self._encoded(txn, str(id, "ascii"))
+        self.models.walk()
 
     def digest(self) -> bytes:
         """Of all rows."""
@@ -141,100 +124,6 @@ class Catalog:
     def rewrite(self) -> None:
         """As `Environment.rewrite`."""
         self._env.rewrite()
-
-    # Models and manifests
-
-    def generation(self) -> int:
-        """Grows with every change of the table of models, whichever process makes it."""
-        with self._read() as txn:
-            return self.numbers.of(txn, GENERATION)
-
-    def models(self) -> dict[str, ModelRecord]:
-        with self._read() as txn:
-            rows = txn.cursor(self._env.table["models"])
-            return {str(k, "utf-8"): msgspec.msgpack.decode(v, type=ModelRecord) for k, v in rows}
-
-    def put_model(self, manifest: Manifest, *, pinned: bool | None = None, outline: bytes = b"") -> str:
-        """Stores the manifest and shows it under its name, instead of what had that name.
-
-        Args:
-            pinned: None keeps what holds for that name (at first: not pinned).
-            outline: What follows from the manifest, for those who list many.
-
-        Returns: The manifest's id.
-        """
-        name, data = _name(manifest.name), encode_manifest(manifest)
-        id = "sha256:" + hashlib.sha256(data).hexdigest()
-        table = self._env.table
-
-        def work(txn: "Transaction") -> None:
-            old = txn.get(name, db=table["models"])
-            kept = old is not None and msgspec.msgpack.decode(old, type=ModelRecord).pinned
-            pin = kept if pinned is None else pinned
-            txn.put(id.encode(), data, db=table["manifests"])
-            if outline:
-                txn.put(id.encode(), outline, db=table["outlines"])
-            self._put_record(txn, name, ModelRecord(id, int(time.time()), pin))
-
-        self._env.write(work)
-        return id
-
-    def remove_model(self, name: str) -> bool:
-        """Returns: False when there was none of that name. Its manifest and bytes stay, for gc."""
-
-        def work(txn: "Transaction") -> bool:
-            found = txn.delete(_name(name), db=self._env.table["models"])
-            if found:
-                self.numbers.count(txn, GENERATION)
-            return found
-
-        return self._env.write(work)
-
-    def set_pinned(self, name: str, pinned: bool) -> bool:
-        """Returns: False when there is no model of that name."""
-
-        def work(txn: "Transaction") -> bool:
-            old = txn.get(_name(name), db=self._env.table["models"])
-            if old is None:
-                return False
-            record = msgspec.msgpack.decode(old, type=ModelRecord)
-            if record.pinned != pinned:
-                self._put_record(txn, _name(name), msgspec.structs.replace(record, pinned=pinned))
-            return True
-
-        return self._env.write(work)
-
-    def manifest(self, id: str) -> Manifest:
-        """Raises NotFound, and CorruptData when it no longer matches its id."""
-        with self._read() as txn:
-            return decode_manifest(self._encoded(txn, id))
-
-    def manifest_head(self, id: str) -> ManifestHead:
-        """Raises NotFound, and CorruptData when the manifest no longer matches its id."""
-        with self._read() as txn:
-            return decode_head(self._encoded(txn, id))
-
-    def outlines(self) -> dict[str, bytes]:
-        """By the ids of the manifests; not of all of them."""
-        with self._read() as txn:
-            return {str(k, "ascii"): bytes(v) for k, v in txn.cursor(self._env.table["outlines"])}
-
-    def manifest_ids(self) -> set[str]:
-        with self._read() as txn:
-            return {str(k, "ascii") for k in txn.cursor(self._env.table["manifests"]).iternext(values=False)}
-
-    def drop_manifests(self, ids: Iterable[str]) -> None:
-        """Forgets those of them that no model has."""
-        table = self._env.table
-        unwanted = set(ids)
-
-        def work(txn: "Transaction") -> None:
-            used = {msgspec.msgpack.decode(v, type=ModelRecord).manifest for _, v in txn.cursor(table["models"])}
-            for id in unwanted - used:
-                txn.delete(id.encode(), db=table["manifests"])
-                txn.delete(id.encode(), db=table["outlines"])
-
-        self._env.write(work)
 
     # Spans and blobs
 
@@ -350,18 +239,6 @@ class Catalog:
 
     # Within a transaction
 
-    def _encoded(self, txn: "Transaction", id: str) -> memoryview:
-        data = txn.get(id.encode(), db=self._env.table["manifests"])
-        if data is None:
-            raise NotFound(f"no manifest {id} in the store", hint="cakefs add the model again")
-        if "sha256:" + hashlib.sha256(data).hexdigest() != id:
-            raise CorruptData(f"manifest {id} no longer matches its digest", hint="cakefs add the model again")
-        return memoryview(data)
-
-    def _put_record(self, txn: "Transaction", name: bytes, record: ModelRecord) -> None:
-        txn.put(name, msgspec.msgpack.encode(record), db=self._env.table["models"])
-        self.numbers.count(txn, GENERATION)
-
     def _blob(self, txn: "Transaction", digest: bytes) -> BlobRecord | None:
         value = txn.get(digest, db=self._env.table["blobs"])
         if value is None:
@@ -395,13 +272,6 @@ class Catalog:
         refs = txn.cursor(self._env.table["refs"])
         if refs.set_key(digest):
             yield from map(bytes, refs.iternext_dup())
-
-
-def _name(name: str) -> bytes:
-    data = name.encode()
-    if not 0 < len(data) <= _LONGEST_KEY:
-        raise UserError(f"the name of a model has 1 to {_LONGEST_KEY} bytes: {name[:80]!r}")
-    return data
 
 
 def _pack(record: BlobRecord) -> bytes:

@@ -105,7 +105,7 @@ def begin(place: Place) -> None:
     """Partials: one that lacks a chunk, one that is whole and not sealed."""
     with Store.open(place.store) as store:
         for name, chunks in ((LARGE, 1), (ONE, 9)):
-            manifest = store.catalog.manifest(store.catalog.models()[name].manifest)
+            manifest = store.catalog.models.manifest(store.catalog.models.all()[name].manifest)
             for index, span in enumerate(manifest.spans):
                 key = manifest.key(index)
                 data = published()[name].get(manifest.sources[span.source].path, b"")[key.start : key.stop]

@@ -74,7 +74,7 @@ class Place(Inline):
 
     def names(self) -> set[str]:
         with Store.open(self.store, create=False) as store:
-            return set(store.catalog.models())
+            return set(store.catalog.models.all())
 
     def copied(self) -> set[str]:
         """The models in the copy of the catalog, which is whole where there is one."""
@@ -87,7 +87,7 @@ class Place(Inline):
             check(Path(directory))
             catalog = Catalog.open(Path(directory))
             try:
-                return set(catalog.models())
+                return set(catalog.models.all())
             finally:
                 catalog.close()
 
@@ -112,7 +112,7 @@ class Place(Inline):
         """The chunks that are here and good: ranges of upstream files, by identity."""
         found: dict[str, set[tuple[int, int]]] = {}
         with Store.open(self.store, create=False) as store:
-            manifest = store.catalog.manifest(store.catalog.models()[name].manifest)
+            manifest = store.catalog.models.manifest(store.catalog.models.all()[name].manifest)
             for key in (manifest.key(i) for i, span in enumerate(manifest.spans) if span.size):
                 content = store.content(key)
                 for at in range(key.start, key.stop, CHUNK):

@@ -106,7 +106,7 @@ def transfer(place: Place, request: Callable[[FetchJob], FetchJob | Look]) -> di
 
 def jobs_of(place: Place) -> list[FetchJob]:
     with Store.open(place.store, create=False) as store:
-        manifest = store.catalog.manifest(store.catalog.models()[LARGE].manifest)
+        manifest = store.catalog.models.manifest(store.catalog.models.all()[LARGE].manifest)
     jobs = []
     for number, source in enumerate(manifest.sources):
         spans = tuple((s.start, s.stop) for s in manifest.spans if s.source == number and s.size)
@@ -184,8 +184,8 @@ def rot(place: Place) -> None:
 def repair(place: Place) -> None:
     """Of `verify --repair` what changes the store here: what is bad is dropped, and then counts as missing."""
     with Store.open(place.store) as store:
-        for record in store.catalog.models().values():
-            jobs.verify(store, store.catalog.manifest(record.manifest), lambda size: None, repair=True)
+        for record in store.catalog.models.all().values():
+            jobs.verify(store, store.catalog.models.manifest(record.manifest), lambda size: None, repair=True)
 
 
 def break_catalog(place: Place) -> None:

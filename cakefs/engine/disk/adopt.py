@@ -139,9 +139,9 @@ class Adopter:
 
     def _larger(self, found: Found) -> Manifest | None:
         """What the name stands for, if that is the same revision of the model with further files."""
-        record = self._store.catalog.models().get(found.name)
+        record = self._store.catalog.models.all().get(found.name)
         try:
-            old = self._store.catalog.manifest(record.manifest) if record else None
+            old = self._store.catalog.models.manifest(record.manifest) if record else None
         except CakeError:  # adding it again is what mends it
             return None
         if (
@@ -183,8 +183,8 @@ class Adopter:
 
     def _is_from(self, manifest: Manifest) -> bool:
         """Whether the name stands for an earlier state of the same place on this machine."""
-        record = self._store.catalog.models().get(manifest.name)
-        return record is not None and self._store.catalog.manifest_head(record.manifest).origin == manifest.origin
+        record = self._store.catalog.models.all().get(manifest.name)
+        return record is not None and self._store.catalog.models.head(record.manifest).origin == manifest.origin
 
     # What is what
 

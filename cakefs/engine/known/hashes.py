@@ -107,7 +107,7 @@ def model_of(store: Store, place: str) -> Manifest:
         UserError: No such model is here.
     """
     parts = [part for part in re.sub(r"[?#].*$", "", place).split("/")[:-1] if part]
-    known = store.catalog.models()
+    known = store.catalog.models.all()
     for name in ("/".join(parts[-2:]), parts[-1] if parts else ""):
         if name in known:
             return find_model(store, name)

@@ -144,13 +144,13 @@ def _owners(store: Store, manifest: Manifest, wanted: set[str]) -> dict[str, str
     """Of these blobs, those that another published model has as well, with its name. Slices and merges do not count:
     what they have, they have of others."""
     found: dict[str, str] = {}
-    for name, record in sorted(store.catalog.models().items()):
+    for name, record in sorted(store.catalog.models.all().items()):
         if name == manifest.name:
             continue
-        sources = store.catalog.manifest_head(record.manifest).sources
+        sources = store.catalog.models.head(record.manifest).sources
         stored = (digest for identity in {s.identity for s in sources} for digest in _stored(store, identity))
         matches = {digest for digest in stored if digest in wanted and digest not in found}
-        if matches and not store.catalog.manifest(record.manifest).stack:
+        if matches and not store.catalog.models.manifest(record.manifest).stack:
             found |= dict.fromkeys(matches, name)
     return found
 

@@ -18,7 +18,7 @@ from msgspec import Struct
 from cakefs.model import File, Literal, Manifest, SpanKey, leaves
 from cakefs.plan.derived import own_files
 from cakefs.store.borrowing import Borrowing
-from cakefs.store.catalog import ModelRecord
+from cakefs.store.models import ModelRecord
 from cakefs.store.store import Store
 
 T = TypeVar("T")
@@ -222,12 +222,12 @@ class Outline(Struct, frozen=True, array_like=True):
 
 def put_model(store: Store, manifest: Manifest) -> str:
     """Shows a manifest under its name. Returns: the manifest's id."""
-    return store.catalog.put_model(manifest, outline=msgspec.msgpack.encode(Outline.of(manifest)))
+    return store.catalog.models.put(manifest, outline=msgspec.msgpack.encode(Outline.of(manifest)))
 
 
 def outlines(store: Store, records: Mapping[str, ModelRecord]) -> dict[str, Outline]:
     """Of models, by name. Raises CakeError for a manifest that is damaged."""
-    known = store.catalog.outlines()
+    known = store.catalog.models.outlines()
     return {name: _outline(store, record.manifest, known.get(record.manifest)) for name, record in records.items()}
 
 
@@ -237,7 +237,7 @@ def _outline(store: Store, manifest_id: str, known: bytes | None) -> Outline:
             return _DECODER.decode(known)
         except msgspec.DecodeError:  # of another version
             pass
-    return Outline.of(store.catalog.manifest(manifest_id))
+    return Outline.of(store.catalog.models.manifest(manifest_id))
 
 
 _DECODER = msgspec.msgpack.Decoder(Outline)

@@ -16,7 +16,7 @@ from cakefs.model import COMPUTED, File, Manifest, TensorInfo, View, leaves, wit
 from cakefs.plan.requests import ChunkRef, span_chunks
 from cakefs.plan.view import Bytes, parts_of, tensor_data
 from cakefs.store.borrowing import Borrowing
-from cakefs.store.catalog import ModelRecord
+from cakefs.store.models import ModelRecord
 from cakefs.store.store import Store
 
 
@@ -122,12 +122,12 @@ def open_store(path: Path) -> Store:
 def find_model(store: Store, name: str) -> Manifest:
     """The manifest a name stands for. Raises UserError."""
     require_models(store, [name])
-    return store.catalog.manifest(store.catalog.models()[name].manifest)
+    return store.catalog.models.manifest(store.catalog.models.all()[name].manifest)
 
 
 def require_models(store: Store, names: Iterable[str]) -> None:
     """Raises UserError for a name that stands for nothing here."""
-    known = store.catalog.models()
+    known = store.catalog.models.all()
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=1)
@@ -153,7 +153,7 @@ def summarize_store(path: Path) -> StoreSummary:
     with open_store(path) as store:
         usage = store.usage()
         borrowed = Borrowing(store).bytes()
-        models = len(store.catalog.models())
+        models = len(store.catalog.models.all())
         return StoreSummary(models, usage.blob_count, usage.blob_bytes, usage.partial_bytes, borrowed)
 
 
@@ -162,7 +162,7 @@ def summarize_models(path: Path) -> list[ModelSummary]:
     if not _exists(path):
         return []
     with open_store(path) as store:
-        return summarize(store, store.catalog.models(), Local.of_all(store))
+        return summarize(store, store.catalog.models.all(), Local.of_all(store))
 
 
 def summarize(store: Store, records: Mapping[str, ModelRecord], local: Local) -> list[ModelSummary]:

@@ -119,13 +119,13 @@ def read_recipe(path: Path) -> Recipe:
 
 def _find(store: Store, name: str) -> Manifest | None:
     """The model of that name; for `name@rev` also the one called `name`, where it is at that revision."""
-    known = store.catalog.models()
+    known = store.catalog.models.all()
     if name in known:
-        return store.catalog.manifest(known[name].manifest)
+        return store.catalog.models.manifest(known[name].manifest)
     plain, _, revision = name.rpartition("@")
     if not revision or plain not in known:
         return None
-    manifest = store.catalog.manifest(known[plain].manifest)
+    manifest = store.catalog.models.manifest(known[plain].manifest)
     is_commit = len(revision) >= _COMMIT_LENGTH and manifest.revision.startswith(revision)
     return manifest if is_commit or manifest.requested == revision else None
 
@@ -151,7 +151,7 @@ def make_view(store: Store, name: str, build: _Build, *, update: bool) -> Made:
         made = build(name=name, created=int(time.time()), read_small=small_files(store), put_literal=put_literal)
         made = made._replace(manifest=show_gguf(made.manifest, store, put_literal))
         check_place(store, made.manifest)
-        before = store.catalog.models().get(name)
+        before = store.catalog.models.all().get(name)
         old = _readable(store, before.manifest) if before is not None else None
         if old is not None and same_model(old, made.manifest):
             return Made(old, made.warnings, False, sum(literals.values()))
@@ -165,6 +165,6 @@ def make_view(store: Store, name: str, build: _Build, *, update: bool) -> Made:
 def _readable(store: Store, manifest_id: str) -> Manifest | None:
     """None for one that is damaged: it may be replaced."""
     try:
-        return store.catalog.manifest(manifest_id)
+        return store.catalog.models.manifest(manifest_id)
     except (CorruptData, InvalidFormat, NotFound):
         return None

@@ -54,10 +54,10 @@ class Library:
         self.counting = Counting(store.path)
 
     def generation(self) -> int:
-        return self._store.catalog.generation()
+        return self._store.catalog.models.generation()
 
     def names(self) -> dict[str, str]:
-        return {name: record.manifest for name, record in self._store.catalog.models().items()}
+        return {name: record.manifest for name, record in self._store.catalog.models.all().items()}
 
     async def watch(self) -> None:
         """Heeds what other processes do: lets go of removed models that nobody has open, so that gc may free them, and
@@ -92,7 +92,7 @@ class Library:
         manifest = self._manifests.get(manifest_id)
         if manifest is None:
             self._hold(manifest_id)
-            manifest = self._store.catalog.manifest(manifest_id)
+            manifest = self._store.catalog.models.manifest(manifest_id)
             self._manifests[manifest_id] = manifest
             if len(self._manifests) > MANIFESTS:
                 self._manifests.popitem(last=False)
@@ -102,7 +102,7 @@ class Library:
 
     def hub_place(self, manifest_id: str) -> HubPlace | None:
         try:
-            return place_of(self._store.catalog.manifest_head(manifest_id))
+            return place_of(self._store.catalog.models.head(manifest_id))
         except CakeError as error:
             log.warning("not shown among the hub's: %s", error.message)  # the others must not go with it
             return None
@@ -170,7 +170,7 @@ class Library:
             "pid": os.getpid(),
             "uptime_s": round(time.time() - self._started, 1),
             "store": str(self._store.path),
-            "models": len(self._store.catalog.models()),
+            "models": len(self._store.catalog.models.all()),
             "reads": reads.reads,
             "bytes_served": reads.bytes_served,
             "reads_without_waiting": reads.hits,
