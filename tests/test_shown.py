@@ -66,7 +66,7 @@ def test_an_outline_says_what_the_manifest_does(cakefs: Inside) -> None:
         stored = {data for data in store.catalog.models.outlines().values()}
         local = shown.Local.of_all(store)
         for manifest in manifests(store):
-            outline = Outline.of(manifest)
+            outline = Outline.of(manifest, Shown.of(manifest))
             assert msgspec.msgpack.encode(outline) in stored
             direct, back = Shown.of(manifest), outline.shown()
             assert (back.size, back.literal_bytes, back.published) == (

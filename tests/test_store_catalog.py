@@ -103,7 +103,7 @@ def test_a_damaged_manifest_is_refused(catalog: Catalog, tmp_path: Path) -> None
     path.write_bytes(path.read_bytes().replace(b"clear-text", b"clear-tixt"))
     again = Catalog.open(tmp_path / "catalog", map_size=1 << 22)
     with pytest.raises(CorruptData, match="no longer matches"):
-        again.manifest(name)
+        again.models.manifest(name)
 
 
 def test_spans_and_blobs(catalog: Catalog) -> None:

@@ -165,8 +165,8 @@ class Indexer:
             elif not update and not _has_grown(old, manifest):
                 raise _taken(old, manifest)
         check_place(self._store, manifest)
-        manifest_id = before.manifest if before and not changed else put_model(self._store, manifest)
         shown = Shown.of(manifest)
+        manifest_id = before.manifest if before and not changed else put_model(self._store, manifest, shown)
         local = shown.here(Local.of_model(self._store, manifest)).bytes
         return Added(manifest, manifest_id, changed, self._upstream.fetched, shown.size, local, tuple(self._warnings))
 

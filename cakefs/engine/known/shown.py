@@ -206,8 +206,8 @@ class Outline(Struct, frozen=True, array_like=True):
     parts: tuple[_Part, ...]
 
     @classmethod
-    def of(cls, manifest: Manifest) -> "Outline":
-        shown = Shown.of(manifest)
+    def of(cls, manifest: Manifest, shown: Shown) -> "Outline":
+        """Args: shown: By all its own files."""
         parts = (
             _Part(i, i in shown.published, spans.total, *map(_packed, (spans.starts, spans.stops, spans.sizes)))
             for i, spans in shown.spans.items()
@@ -220,9 +220,9 @@ class Outline(Struct, frozen=True, array_like=True):
         return Shown(self.size, self.literal_bytes, spans, {part.identity for part in self.parts if part.published})
 
 
-def put_model(store: Store, manifest: Manifest) -> str:
+def put_model(store: Store, manifest: Manifest, shown: Shown) -> str:
     """Shows a manifest under its name. Returns: the manifest's id."""
-    return store.catalog.models.put(manifest, outline=msgspec.msgpack.encode(Outline.of(manifest)))
+    return store.catalog.models.put(manifest, outline=msgspec.msgpack.encode(Outline.of(manifest, shown)))
 
 
 def outlines(store: Store, records: Mapping[str, ModelRecord]) -> dict[str, Outline]:
@@ -237,7 +237,8 @@ def _outline(store: Store, manifest_id: str, known: bytes | None) -> Outline:
             return _DECODER.decode(known)
         except msgspec.DecodeError:  # of another version
             pass
-    return Outline.of(store.catalog.models.manifest(manifest_id))
+    manifest = store.catalog.models.manifest(manifest_id)
+    return Outline.of(manifest, Shown.of(manifest))
 
 
 _DECODER = msgspec.msgpack.Decoder(Outline)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, Unpack
 
 from cakefs.engine.index import check_place, model_name, same_model
-from cakefs.engine.known.shown import put_model
+from cakefs.engine.known.shown import Shown, put_model
 from cakefs.engine.known.survey import find_model
 from cakefs.engine.models.ggufview import show_gguf
 from cakefs.engine.models.smallfiles import small_files
@@ -158,7 +158,7 @@ def make_view(store: Store, name: str, build: _Build, *, update: bool) -> Made:
         if before is not None and not update:
             was = f", from {old.origin}" if old is not None else ""
             raise UserError(f"{name} is already here{was}", hint="another --as NAME, or --update to replace it")
-        put_model(store, made.manifest)
+        put_model(store, made.manifest, Shown.of(made.manifest))
     return Made(made.manifest, made.warnings, True, sum(literals.values()) + len(encode_manifest(made.manifest)))
 
 
