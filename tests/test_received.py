@@ -1,14 +1,17 @@
 """h11's buffer, replaced: the same answers come out, however they were cut on their way, and whole pieces uncopied."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 
 import h11
+import httpcore
 import pytest
 from h11._receivebuffer import ReceiveBuffer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakefs.remotes.received import Received, hand_on_pieces
+from cakefs.remotes.received import Received, receive_in_bulk
 
 HEAD = b"HTTP/1.1 206 Partial Content\r\n"
 
@@ -76,7 +79,32 @@ def test_two_answers_in_one_piece_stay_two() -> None:
     assert buffer.maybe_extract_at_most(100) == b" goes on" and not buffer
 
 
-def test_connections_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_of_a_process_that_asks_for_it_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("h11._connection.ReceiveBuffer", ReceiveBuffer)
-    hand_on_pieces()
+    monkeypatch.setattr("httpcore.AsyncHTTP11Connection.READ_NUM_BYTES", 1)
+    assert not isinstance(h11.Connection(h11.CLIENT)._receive_buffer, Received)
+    receive_in_bulk()
     assert isinstance(h11.Connection(h11.CLIENT)._receive_buffer, Received)
+    assert httpcore.AsyncHTTP11Connection.READ_NUM_BYTES == 1 << 20
+
+
+LOOK = """
+import h11, httpcore
+def look(*_):
+    print(type(h11.Connection(h11.CLIENT)._receive_buffer).__name__, httpcore.AsyncHTTP11Connection.READ_NUM_BYTES)
+"""
+
+
+def seen(code: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", LOOK + code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_transfer_processes_receive_in_bulk() -> None:
+    code = "import trio; from cakefs.engine.transfer import worker; trio.run = look; worker.main()"
+    assert seen(code) == ["Received", str(1 << 20)]
+
+
+def test_a_program_that_uses_cakefs_keeps_its_own_connections_as_they_are() -> None:
+    code = "import cakefs.api, cakefs.app, cakefs.remotes.http, cakefs.engine.transfer.worker; look()"
+    assert seen(code) == ["ReceiveBuffer", str(64 << 10)]

@@ -5,23 +5,15 @@ import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 
-import httpcore
 import httpx
 
 from cakefs import __version__
 from cakefs.errors import CakeError, InvalidFormat
-from cakefs.model import MIB
 from cakefs.remotes.answers import Origin, checked_token, host_of, origin, refusal, shown
-from cakefs.remotes.received import hand_on_pieces
 
 MAX_REDIRECTS = 5
 _REDIRECTS = frozenset([301, 302, 303, 307, 308])
 _BODY_LIMIT = 16 * 1024  # Of an answer that is not the file: enough for an error, cheap enough to keep the connection.
-
-# httpcore reads 64 KiB at a time and offers no setting. With 256 KiB a transfer took 2.3 CPU s/GB instead of 3.7; since
-# what is read is not copied any more, 1 MiB spares another tenth (loopback, runs side by side).
-httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = MIB
-hand_on_pieces()
 
 # They log whole URLs, and a signed URL is a password.
 for _name in ("httpx", "httpcore"):

@@ -47,6 +47,7 @@ from cakefs.errors import CakeError, StoreFull
 from cakefs.model import CHUNK, INLINE_LIMIT, ByteRange, SpanKey
 from cakefs.remotes.answers import shown
 from cakefs.remotes.base import Remote
+from cakefs.remotes.received import receive_in_bulk
 from cakefs.store.content import Outcome
 from cakefs.store.store import Store
 
@@ -325,6 +326,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes our stdin.
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger().handlers[0].addFilter(Repeats())
+    receive_in_bulk()
     trio.run(_serve)
 
 
