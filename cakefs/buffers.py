@@ -6,7 +6,8 @@ import mmap
 def page_aligned(size: int) -> memoryview:
     """A buffer of so many bytes that begins where a page does.
 
-    A bytearray begins 16 bytes behind a multiple of 32, and to such addresses the kernel copies at a quarter of the
-    speed on AMD's Zen 3 and later: 1.8 GB/s instead of 7.5, for files in memory and for sockets alike.
+    A large bytearray begins 16 bytes behind a multiple of 32. Measured on one AMD EPYC: to such an address the kernel
+    copied cached files at 1.8 GB/s instead of 7.5, and sockets at 1.7 instead of 3.7, unless the program had just read
+    the buffer itself, as hashing does. An export on XFS waited 0.23 ms for a chunk instead of 0.76.
     """
     return memoryview(mmap.mmap(-1, max(size, 1)))[:size]

@@ -9,8 +9,8 @@ BLOCK = 16 << 20
 
 
 def read_all(path: Path) -> int:
-    """read() in blocks of 16 MiB into one buffer, which begins where a page does, as those of numpy, torch and ggml do
-    near enough: 16 bytes behind a multiple of 32, as in a bytearray, all of this is slower (`cakefs/buffers.py`)."""
+    """read() in blocks of 16 MiB into one buffer, which begins where a page does: into a bytearray, which does not, the
+    kernel may copy more slowly, from wherever (`cakefs/buffers.py`)."""
     buffer = mmap.mmap(-1, BLOCK)
     total = 0
     fd = os.open(path, os.O_RDONLY)

@@ -1,8 +1,8 @@
 """What models show, and how much of it is here: by upstream file and span, so that a thousand models take one scan of
 what is stored.
 
-What a model shows follows from its manifest, but to decode 400 tensors takes a hundred times as long as to read what
-`Outline` keeps of them: so that is stored beside the manifest (`put_model`), and made from it where it is missing.
+What a model shows follows from its manifest, but to decode those of 1,000 models took 1.5 s of `ls`, and to read what
+`Outline` keeps of them a tenth of that: so it is stored beside the manifest (`put_model`), and made from it where it is missing.
 """
 
 import sys
