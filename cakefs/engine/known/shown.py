@@ -2,7 +2,8 @@
 what is stored.
 
 What a model shows follows from its manifest, but to decode those of 1,000 models took 1.5 s of `ls`, and to read what
-`Outline` keeps of them a tenth of that: so it is stored beside the manifest (`put_model`), and made from it where it is missing.
+`Outline` keeps of them a tenth of that: so it is stored beside the manifest (`put_model`), and made from it where it is
+missing.
 """
 
 import sys
