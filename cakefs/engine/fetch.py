@@ -59,7 +59,7 @@ class Fetcher:
         self._workers = [WorkerProcess(settings, self._on_report, self._on_death) for _ in range(workers)]
         self._flights: dict[int, Flight] = {}
         self._pending: dict[tuple[SpanKey, int], Pending] = {}
-        self._queues: tuple[deque[Flight], deque[Flight]] = (deque(), deque())
+        self._queues: dict[Priority, deque[Flight]] = {priority: deque() for priority in Priority}
         self._running_ahead = 0
         self._ids = itertools.count(1)
         self._unkept: OrderedDict[tuple[SpanKey, int], bytes] = OrderedDict()
@@ -99,13 +99,8 @@ class Fetcher:
 
     # -- wanting ---------------------------------------------------------------------------------------------------
 
-    def want(
-        self, manifest: Manifest, refs: Iterable[ChunkRef], priority: Priority, *, soon: bool = False
-    ) -> list[Pending]:
+    def want(self, manifest: Manifest, refs: Iterable[ChunkRef], priority: Priority) -> list[Pending]:
         """Joins the flights of chunks that are on their way and starts flights for the others.
-
-        Args:
-            soon: Before all that is queued with this priority.
 
         Raises:
             RemoteUnavailable: Offline.
@@ -117,7 +112,7 @@ class Fetcher:
                 new.append(ref)
                 continue
             if priority < pending.flight.priority:
-                self._promote(pending.flight)
+                self._promote(pending.flight, priority)
             pendings.append(pending)
         if new:
             if self._offline:
@@ -125,14 +120,14 @@ class Fetcher:
                 if (path := file_path(source.locator.url)) is not None:
                     raise RemoteChanged(f"{path} is gone or has changed since it became {manifest.name}", hint=HINT)
                 raise RemoteUnavailable(f"{source.path} of {manifest.name} is not all local, and cakefs is offline")
-            pendings += self._depart(manifest, new, priority, soon)
+            pendings += self._depart(manifest, new, priority)
         return pendings
 
     def want_ahead(self, manifest: Manifest, refs: Sequence[ChunkRef], *, soon: bool) -> None:
         """Asks for what nobody waits for yet; nothing happens offline, nor while what comes cannot be kept: it would
         push out of memory what somebody does wait for."""
         if not self._offline and trio.current_time() >= self._full_until:
-            self.want(manifest, refs, Priority.AHEAD, soon=soon)
+            self.want(manifest, refs, Priority.SOON if soon else Priority.AHEAD)
 
     async def wait(self, manifest: Manifest, pendings: Sequence[Pending]) -> None:
         """Waits until the chunks have arrived.
@@ -191,7 +186,7 @@ class Fetcher:
     def on_their_way(self) -> int:
         return len(self._pending)
 
-    def _depart(self, manifest: Manifest, refs: list[ChunkRef], priority: Priority, soon: bool) -> list[Pending]:
+    def _depart(self, manifest: Manifest, refs: list[ChunkRef], priority: Priority) -> list[Pending]:
         pendings, flights = [], []
         for source, start, stop, spans in range_requests(manifest, refs):
             upstream = manifest.sources[source]
@@ -203,24 +198,20 @@ class Fetcher:
                 pending = Pending(flight, chunk.stop - chunk.start, self._failures.earlier(chunk))
                 self._pending[chunk.key, chunk.chunk] = pending
                 pendings.append(pending)
-        queue = self._queues[priority]
-        if soon:
-            queue.extendleft(reversed(flights))
-        else:
-            queue.extend(flights)
+        self._queues[priority].extend(flights)
         self._dispatch()
         return pendings
 
     # -- dispatch --------------------------------------------------------------------------------------------------
 
-    def _promote(self, flight: Flight) -> None:
-        """A reader waits for what was only readahead."""
+    def _promote(self, flight: Flight, priority: Priority) -> None:
+        """A reader comes near to what was only readahead, or waits for it."""
         if flight.queued:
             self._queues[flight.priority].remove(flight)
-            self._queues[Priority.DEMAND].append(flight)
-        else:
+            self._queues[priority].append(flight)
+        elif priority is Priority.DEMAND:
             self._running_ahead -= 1
-        flight.priority = Priority.DEMAND
+        flight.priority = priority
         self._dispatch()
 
     def _dispatch(self) -> None:
@@ -229,7 +220,7 @@ class Fetcher:
         while (flight := self._next()) is not None:
             self._queues[flight.priority].remove(flight)
             flight.queued = False
-            self._running_ahead += flight.priority is Priority.AHEAD
+            self._running_ahead += flight.priority is not Priority.DEMAND
             self.counters.flights += 1
             self._best_for(flight.job).submit(flight.job)
 
@@ -248,11 +239,12 @@ class Fetcher:
         slots = self._settings.connections * len(self._workers)
         most, free = max(1, slots - DEMAND_RESERVE), slots - running.total()
         share = most if free > 0 else 1 if free > -SPARE_CONNECTIONS else 0
-        demand, ahead = ((f for f in queue if running[f.job.identity] < share) for queue in self._queues)
-        flight = next(demand, None)
-        if flight is None and free > 0 and self._running_ahead < most:
-            flight = next(ahead, None)
-        return flight
+        for priority, queue in self._queues.items():
+            if priority is not Priority.DEMAND and not (free > 0 and self._running_ahead < most):
+                break
+            if (flight := next((f for f in queue if running[f.job.identity] < share), None)) is not None:
+                return flight
+        return None
 
     # -- reports ---------------------------------------------------------------------------------------------------
 
@@ -304,7 +296,7 @@ class Fetcher:
             self._room.notify_all()
 
     def _finish(self, flight: Flight, error: CakeError | None) -> None:
-        if flight.priority is Priority.AHEAD and not flight.queued:
+        if flight.priority is not Priority.DEMAND and not flight.queued:
             self._running_ahead -= 1
         if error is None and flight.left:
             error = RemoteUnavailable(f"{_words(flight.job)} ended before all of it came")
@@ -342,7 +334,7 @@ class Fetcher:
         for job in lost:
             flight = self._flights[job.id]
             flight.deaths += 1
-            if flight.priority is Priority.AHEAD:
+            if flight.priority is not Priority.DEMAND:
                 self._running_ahead -= 1
             flight.queued = True
             if flight.deaths >= MAX_DEATHS:

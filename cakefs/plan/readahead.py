@@ -36,7 +36,7 @@ SLACK = 256 * 1024  # The kernel may skip or repeat up to one readahead window b
 
 
 class Ahead(NamedTuple):
-    """What should be fetched: `soon`, before anything that was wanted earlier, and `later`, in its turn."""
+    """What should be fetched: `soon`, before all the rest that is fetched ahead, and `later`, in its turn."""
 
     soon: list[ByteRange]
     later: list[ByteRange]

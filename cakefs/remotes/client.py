@@ -2,7 +2,7 @@
 
 import logging
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 
 import httpx
@@ -53,8 +53,18 @@ class Client:
         await self._client.aclose()
 
     @asynccontextmanager
-    async def get(self, url: httpx.URL, headers: Mapping[str, str], heads: Heads) -> AsyncIterator[httpx.Response]:
-        """The first answer that is no redirect, its body unread; `heads` gets those of the whole chain."""
+    async def get(
+        self,
+        url: httpx.URL,
+        headers: Mapping[str, str],
+        heads: Heads,
+        sent_to: Callable[[httpx.URL], None] = lambda url: None,
+    ) -> AsyncIterator[httpx.Response]:
+        """The first answer that is no redirect, its body unread; `heads` gets those of the whole chain.
+
+        Args:
+            sent_to: Told of every place that is asked next, before it is asked.
+        """
         seen: list[httpx.URL] = []
         while True:
             if url in seen or len(seen) > MAX_REDIRECTS:
@@ -68,6 +78,7 @@ class Client:
                     return
                 await _body(response)
                 url = _target(response)
+                sent_to(url)
 
     async def refusal(self, response: httpx.Response, what: str) -> CakeError:
         """The error that an answer without the wanted bytes stands for."""

@@ -40,7 +40,7 @@ _ROUTES_LIMIT = 4096
 
 
 class Route(NamedTuple):
-    """Where a chain of redirects ended, and the strong ETag seen there (empty when there is none)."""
+    """Where a chain of redirects led so far, and the strong ETag seen there (empty when there was none yet)."""
 
     url: httpx.URL
     etag: str
@@ -162,7 +162,9 @@ class HttpRemote:
                 yield response
             return
         with self._routes.searching(locator.url) as found:
-            async with self._client.get(httpx.URL(locator.url), headers, Heads()) as response:
+            start = httpx.URL(locator.url)
+            # The others need not wait for our bytes: most often the first redirect leads to the end.
+            async with self._client.get(start, headers, Heads(), lambda url: found(Route(url, ""))) as response:
                 if response.status_code in (200, 206):
                     found(Route(response.url, strong_etag(response.headers)))
                 yield response
@@ -182,7 +184,7 @@ class _Routes:
 
     @contextmanager
     def searching(self, url: str) -> Iterator[Callable[[Route], None]]:
-        """Others wait until the route is told, or the context is left without one."""
+        """Others wait until a route is told, which a better one may follow, or the context is left without one."""
         done = self._searches[url] = trio.Event()
 
         def found(route: Route) -> None:

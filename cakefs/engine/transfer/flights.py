@@ -14,8 +14,11 @@ FAILED_LIMIT = 10_000  # Chunks of which it is remembered why they did not come.
 
 
 class Priority(IntEnum):
-    DEMAND = 0
-    AHEAD = 1
+    """What goes first; within one, what was wanted first."""
+
+    DEMAND = 0  # Somebody waits for it.
+    SOON = 1  # A reader will most likely come to it next.
+    AHEAD = 2
 
 
 class Pending:
