@@ -14,7 +14,7 @@ from cakefs.config import Config
 from cakefs.engine.fetch import Fetcher
 from cakefs.engine.known.survey import find_model
 from cakefs.engine.local import ContentPool
-from cakefs.engine.read import Reading
+from cakefs.engine.reading import Reading
 from cakefs.engine.serve.demand import Demand
 from cakefs.engine.serve.library import Library
 from cakefs.engine.tasks import open_flat_nursery
@@ -164,7 +164,8 @@ async def open_app(config: Config, *, serving: bool = False) -> AsyncIterator[Ap
         async with open_flat_nursery() as nursery:
             await nursery.start(fetcher.run)
             try:
-                yield App(config, store, fetcher, Reading(pool, fetcher, readahead=config.readahead))
+                reading = Reading(pool, fetcher, readahead=config.readahead, cached=serving)
+                yield App(config, store, fetcher, reading)
             finally:
                 nursery.cancel_scope.cancel()
                 pool.close()

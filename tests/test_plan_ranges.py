@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakefs.model import ByteRange
-from cakefs.plan.ranges import coalesce, subtract
+from cakefs.plan.ranges import coalesce, first, subtract
 
 ranges = st.builds(ByteRange, st.integers(0, 40), st.integers(0, 40))
 lists = st.lists(ranges, max_size=8)
@@ -57,3 +57,11 @@ def test_the_rest_and_what_was_taken_make_the_whole(some: list[ByteRange], holes
     rest = subtract(some, holes)
     taken = subtract(some, rest)
     assert coalesce([*rest, *taken]) == coalesce(some)
+
+
+@given(lists, st.integers(0, 100))
+def test_the_first_bytes_of_ranges_are_taken_in_their_order(some: list[ByteRange], size: int) -> None:
+    cut = first(some, size)
+    laid_out = [byte for r in some for byte in range(r.start, r.stop)]
+    assert [byte for r in cut for byte in range(r.start, r.stop)] == laid_out[:size]
+    assert all(r.size > 0 for r in cut)

@@ -5,146 +5,24 @@ the segment that was read last it is one preadv into a buffer that is used again
 and a dict look-up come before. Everything else is `FileReader.read`.
 """
 
-import math
-import mmap
-from array import array
 from collections.abc import Callable
-from contextlib import suppress
 from typing import NamedTuple
 
 import trio
 
 from cakefs.buffers import page_aligned
-from cakefs.engine.fetch import Fetcher
-from cakefs.engine.local import ContentPool
+from cakefs.engine.reading import Opened, OpenFile, Prepared, Stored
 from cakefs.engine.transfer.flights import Priority
 from cakefs.errors import CakeError, CorruptData
-from cakefs.model import CHUNK, MIB, ByteRange, File, Manifest, SpanKey
-from cakefs.plan.layout import Kind, Layout, Piece, header_segments
-from cakefs.plan.readahead import LOCAL_WINDOW, NOTHING, Ahead, Readahead
+from cakefs.model import CHUNK, ByteRange
+from cakefs.plan.layout import Kind, Piece
+from cakefs.plan.ranges import first
+from cakefs.plan.readahead import LOCAL_WINDOW, NOTHING, Ahead
 from cakefs.plan.requests import ChunkRef, span_chunks
 from cakefs.store.content import Content, Outcome
 
 ROUNDS = 4  # Fetch, look, fetch again: a chunk that is still not right after that is an error.
-REPLY = MIB  # The largest request of the kernel; the reply buffer grows if one is larger.
-BLOCKING_READS = 8  # Threads (and their buffers) that wait for the disk at the same time.
 DONE = Outcome.DONE  # A member of an Enum takes a look-up in its class, here in every read.
-EVERY_SOURCE = "*"  # In the place of an identity.
-
-
-class Reply:
-    """The reply buffers: one for hits, valid until the next read begins; a few for reads that wait in threads."""
-
-    def __init__(self) -> None:
-        self._hit = _huge_page()
-        self._free = [page_aligned(REPLY) for _ in range(BLOCKING_READS)]
-        self.limiter = trio.CapacityLimiter(BLOCKING_READS)
-
-    def hit(self, size: int) -> memoryview:
-        if size > len(self._hit):
-            self._hit = page_aligned(size)
-        return self._hit[:size]
-
-    def take(self, size: int) -> memoryview:
-        buffer = self._free.pop()
-        return buffer if size <= len(buffer) else page_aligned(size)
-
-    def give(self, buffer: memoryview) -> None:
-        """Back before the reply is sent: safe, as no other task runs between here and the send."""
-        self._free.append(buffer)
-
-
-def _huge_page() -> memoryview:
-    """The kernel looks every 4 KiB of a reply up: in one page of 2 MiB that takes 5 % less of all CPU."""
-    buffer = mmap.mmap(-1, 2 * REPLY)
-    with suppress(OSError):  # a kernel without such pages
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(buffer)
-
-
-class ReadCounters:
-    """What `status` shows of reading; only ever grows."""
-
-    def __init__(self) -> None:
-        self.reads = 0
-        self.bytes_served = 0
-        self.hits = 0
-        self.waits = 0
-        self.errors = 0
-
-
-class Reading:
-    """What all readers of a process share."""
-
-    def __init__(self, pool: ContentPool, fetcher: Fetcher, *, readahead: bool = True) -> None:
-        self.pool = pool
-        self.fetcher = fetcher
-        self.readahead = readahead
-        self.counters = ReadCounters()
-        self.reply = Reply()
-        self._tell_refuted, self.refuted = trio.open_memory_channel[str](math.inf)
-        fetcher.on_refuted = self._drop
-
-    def drop_all(self) -> None:
-        """Another process found a file to be wrong, and by now it may be right again: which one is not asked."""
-        self.pool.discard_all()
-        self._tell_refuted.send_nowait(EVERY_SOURCE)
-
-    def _drop(self, identity: str) -> None:
-        """A file failed its SHA-256: what is open of it is not served any more, by us or by who remembers it."""
-        self.pool.discard_source(identity)
-        self._tell_refuted.send_nowait(identity)
-
-
-class Stored(NamedTuple):
-    """Bytes of a span that a piece is made of."""
-
-    span: int
-    start: int
-    size: int
-
-
-Opened = list[tuple[Stored, Content | None]]
-"""The stored bytes of a piece with what the store has of their spans."""
-Prepared = list[tuple[Piece, Opened]]
-"""Pieces of a file, opened."""
-
-
-class OpenFile:
-    """One file of one manifest, prepared: layout, literal bytes, the reader's pattern. Shared by all its handles."""
-
-    def __init__(self, manifest: Manifest, file: File, literals: list[bytes]) -> None:
-        self.manifest = manifest
-        self.layout = Layout.of(file)
-        self.literals = literals
-        self.handles = 0
-        self._keys: dict[int, SpanKey] = {}
-        bounds = [self.layout.bounds(i) for i in range(len(self.layout))]
-        header = header_segments(manifest, file)
-        self.readahead = Readahead(array("Q", (b.start for b in bounds[header:])), self.layout.size)
-        if self.layout.computed:
-            from cakefs.plan import compute  # numpy, 0.1 s: only for those who need it
-
-            self.compute = compute
-
-    def wanted_keys(self) -> list[SpanKey]:
-        """Of the spans that were asked for so far."""
-        return list(self._keys.values())
-
-    def key(self, span: int) -> SpanKey:
-        key = self._keys.get(span)
-        if key is None:
-            key = self._keys[span] = self.manifest.key(span)
-        return key
-
-    def stored(self, piece: Piece) -> list[Stored]:
-        """What of the store a piece is made of: itself, nothing for a literal, the inputs of a calculation."""
-        if piece.kind is Kind.EXTENT:
-            return [Stored(piece.ref, piece.start, piece.size)]
-        if piece.kind is Kind.LITERAL:
-            return []
-        needs = self.compute.needs(self.layout.computed[piece.ref], piece.start, piece.start + piece.size)
-        return [Stored(need.extent.span, need.start, need.stop - need.start) for need in needs]
 
 
 class Hot(NamedTuple):
@@ -160,10 +38,10 @@ class Hot(NamedTuple):
 class FileReader:
     """An open handle. `size` is the size of the file in bytes."""
 
-    def __init__(self, shared: Reading, file: OpenFile, on_close: Callable[[], None]) -> None:
-        self._shared = shared
-        self._pool = shared.pool
-        self._counters = shared.counters
+    def __init__(self, file: OpenFile, on_close: Callable[[], None]) -> None:
+        self._shared = file.reading
+        self._pool = file.reading.pool
+        self._counters = file.reading.counters
         self._file = file
         self._on_close = on_close
         self._hot: Hot | None = None
@@ -196,6 +74,8 @@ class FileReader:
             ahead = self._file.readahead.observe(offset, size)
             if ahead is not NOTHING:
                 self._prefetch(ahead)
+            if self._file.announced.cold:
+                self._file.announced.served(offset, offset + size)
         return buffer
 
     async def read(self, offset: int, size: int) -> memoryview:
@@ -215,14 +95,16 @@ class FileReader:
             self._file.readahead.forget()
             raise
         counters.bytes_served += stop - offset
+        if self._file.announced.cold:
+            self._file.announced.served(offset, stop)
         return buffer
 
-    def prepared(self, offset: int, size: int) -> Prepared:
-        """What `fill` needs, which may run in a thread."""
-        return [(piece, self._opened(piece)) for piece in self._file.layout.locate(offset, size)]
-
     def fill(self, buffer: memoryview, prepared: Prepared) -> Outcome:
-        """Waits for the disk and calculates, but touches neither the pool nor the catalog."""
+        """Waits for the disk and calculates, but touches neither the pool nor the catalog: it may run in a thread.
+
+        Args:
+            prepared: By the file that this reads.
+        """
         at = 0
         for piece, opened in prepared:
             target = buffer[at : at + piece.size]
@@ -274,7 +156,7 @@ class FileReader:
                 owned = reply.take(stop - offset)
                 try:
                     buffer = owned[: stop - offset]
-                    prepared = self.prepared(offset, stop - offset)
+                    prepared = self._file.prepared(offset, stop - offset)
                     outcome = await trio.to_thread.run_sync(self.fill, buffer, prepared)
                 finally:
                     reply.give(owned)
@@ -306,9 +188,6 @@ class FileReader:
         start, stop, span, begin = found
         content = self._pool.get(self._file.key(span))
         return None if content is None else Hot(start, stop, start - begin, content, self._pool.epoch)
-
-    def _opened(self, piece: Piece) -> Opened:
-        return [(stored, self._shared.pool.get(self._file.key(stored.span))) for stored in self._file.stored(piece)]
 
     def _fill_from(self, piece: Piece, opened: Opened, target: memoryview) -> Outcome:
         computed = piece.kind is Kind.COMPUTED
@@ -345,7 +224,7 @@ class FileReader:
     def _missing(self, offset: int, stop: int) -> list[ChunkRef]:
         missing: list[ChunkRef] = []
         for piece in self._file.layout.locate(offset, stop - offset):
-            for stored, content in self._opened(piece):
+            for stored, content in self._file.opened(piece):
                 missing += self._absent(stored, content)
         return missing
 
@@ -378,22 +257,5 @@ class FileReader:
         if wanted:
             shared.fetcher.want_ahead(file.manifest, wanted, soon=soon)
         else:
-            self._announce(ranges)
+            file.announced.ask(first(ranges, LOCAL_WINDOW))
         file.readahead.local = not wanted
-
-    def _announce(self, ranges: list[ByteRange]) -> None:
-        left, prepared = LOCAL_WINDOW, Prepared()
-        for ahead in ranges:
-            size = min(ahead.size, left)
-            prepared += self.prepared(ahead.start, size)
-            left -= size
-        trio.lowlevel.start_thread_soon(lambda: _will_need(prepared), lambda outcome: outcome.unwrap())
-
-
-def _will_need(prepared: Prepared) -> None:
-    """Takes the processor time of reading, as the kernel makes room for the pages: not for the thread that serves."""
-    for _, opened in prepared:
-        for stored, content in opened:
-            if content is not None:
-                with suppress(ValueError, OSError):  # closed meanwhile; an advice that is not taken does no harm
-                    content.willneed(stored.start, stored.start + stored.size)

@@ -41,6 +41,17 @@ def subtract(ranges: Iterable[ByteRange], holes: Iterable[ByteRange]) -> list[By
     return rest
 
 
+def first(ranges: Iterable[ByteRange], size: int) -> list[ByteRange]:
+    """The first `size` bytes of them, in the order in which they come."""
+    cut = []
+    for start, stop in ranges:
+        stop = min(stop, start + size)
+        if start < stop:
+            cut.append(ByteRange(start, stop))
+            size -= stop - start
+    return cut
+
+
 def tiling(spans: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:
     """Spans that follow each other from 0 to `size` without gap; None when there is a gap.
 

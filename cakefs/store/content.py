@@ -79,8 +79,12 @@ class Content(ABC):
         """True when no chunk is missing, as far as is known; costs nothing once it was true."""
 
     @abstractmethod
-    def willneed(self, start: int, stop: int) -> None:
-        """Asks the kernel to have that byte range in memory soon, unless its end is there already."""
+    def willneed(self, start: int, stop: int) -> bool:
+        """Asks the kernel to have that byte range in memory soon; False where its end is there already."""
+
+    @abstractmethod
+    def wontneed(self, start: int, stop: int) -> None:
+        """Tells the kernel that it need not keep that byte range in memory."""
 
     @abstractmethod
     def note_use(self) -> None:
@@ -109,7 +113,10 @@ class InlineContent(Content):
     def complete(self) -> bool:
         return True
 
-    def willneed(self, start: int, stop: int) -> None:
+    def willneed(self, start: int, stop: int) -> bool:
+        return False
+
+    def wontneed(self, start: int, stop: int) -> None:
         pass
 
     def note_use(self) -> None:
@@ -171,10 +178,15 @@ class FileContent(Content):
             self._complete = 0 not in self._sums[0 : len(self._checked)]
         return self._complete and not self._bad
 
-    def willneed(self, start: int, stop: int) -> None:
+    def willneed(self, start: int, stop: int) -> bool:
         fd, place = self._opened().fd, self._base + start
-        if stop > start and not _is_in_memory(fd, self._base + stop - 1):
-            os.posix_fadvise(fd, place, stop - start, os.POSIX_FADV_WILLNEED)
+        if start >= stop or _is_in_memory(fd, self._base + stop - 1):
+            return False
+        os.posix_fadvise(fd, place, stop - start, os.POSIX_FADV_WILLNEED)
+        return True
+
+    def wontneed(self, start: int, stop: int) -> None:
+        os.posix_fadvise(self._opened().fd, self._base + start, stop - start, os.POSIX_FADV_DONTNEED)
 
     def note_use(self) -> None:
         note_use(self._opened())

@@ -30,7 +30,7 @@ from cakefs.engine import jobs
 from cakefs.engine.export.forms import Form, Source, as_shown, for_sharing
 from cakefs.engine.export.target import Unfinished, block_size, reported
 from cakefs.engine.fetch import Fetcher
-from cakefs.engine.read import Reading
+from cakefs.engine.reading import Reading
 from cakefs.errors import CorruptData, UserError
 from cakefs.model import MIB, ByteRange, File, Manifest
 from cakefs.plan.export import shareable, upstream_of

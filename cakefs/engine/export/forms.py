@@ -6,7 +6,8 @@ from typing import NamedTuple
 import trio
 
 from cakefs.buffers import page_aligned
-from cakefs.engine.read import FileReader, OpenFile, Prepared, Reading
+from cakefs.engine.read import FileReader
+from cakefs.engine.reading import OpenFile, Prepared, Reading
 from cakefs.errors import InvalidFormat
 from cakefs.formats.safetensors import header_size, parse_header
 from cakefs.model import CHUNK, MIB, ByteRange, File, Literal, Manifest
@@ -59,7 +60,8 @@ class Source:
 
     def __init__(self, reading: Reading, form: Form) -> None:
         self._layout = Layout.of(form.file)
-        self._reader = FileReader(reading, OpenFile(form.manifest, form.file, form.literals), lambda: None)
+        self._file = OpenFile(reading, form.manifest, form.file, form.literals)
+        self._reader = FileReader(self._file, lambda: None)
         self._buffer = page_aligned(CHUNK)
 
     async def feed(self, part: ByteRange, take: Take, progress: Callable[[int], None]) -> bool:
@@ -85,7 +87,7 @@ class Source:
         """What is read at once, each at most a chunk: its size, and what it takes to read it."""
         while offset < stop:
             end = self._step(offset, stop)
-            yield end - offset, self._reader.prepared(offset, end - offset)
+            yield end - offset, self._file.prepared(offset, end - offset)
             offset = end
 
     def _take_local(self, offset: int, blocks: list[tuple[int, Prepared]], take: Take) -> tuple[int, bool]:

@@ -11,7 +11,7 @@ import trio
 from cakefs.engine.export.forms import Form, Source
 from cakefs.engine.fetch import Fetcher
 from cakefs.engine.jobs import Progress
-from cakefs.engine.read import Reading
+from cakefs.engine.reading import Reading
 from cakefs.model import CHUNK, File, Literal, Manifest, Segment, View
 from cakefs.plan.pairs import Pair
 from cakefs.plan.similarity import Measure, Similarity

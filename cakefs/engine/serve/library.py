@@ -9,7 +9,8 @@ from functools import partial
 
 import trio
 
-from cakefs.engine.read import EVERY_SOURCE, FileReader, OpenFile, Reading
+from cakefs.engine.read import FileReader
+from cakefs.engine.reading import EVERY_SOURCE, OpenFile, Reading
 from cakefs.engine.serve.demand import Demand
 from cakefs.engine.serve.sizes import Counting
 from cakefs.errors import CakeError, NotFound, StoreFull
@@ -122,7 +123,7 @@ class Library:
         if opened is None:
             literals = [self._store.literal(s.blob) for s in file.segments if isinstance(s, Literal) and s.size]
             manifest = self.manifest(manifest_id)
-            opened = self._files[key] = OpenFile(manifest, file, literals)
+            opened = self._files[key] = OpenFile(self._reading, manifest, file, literals)
             self._reading.fetcher.look(_sources(manifest, file))
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
@@ -132,7 +133,7 @@ class Library:
         opened.handles += 1
         self._open.add(opened)
         self._idle.pop(opened, None)
-        return FileReader(self._reading, opened, partial(self._closed, manifest_id, opened))
+        return FileReader(opened, partial(self._closed, manifest_id, opened))
 
     def _closed(self, manifest_id: str, opened: OpenFile) -> None:
         self._handles[manifest_id] -= 1
@@ -140,6 +141,7 @@ class Library:
             del self._handles[manifest_id]
         opened.handles -= 1
         if not opened.handles:
+            opened.announced.end()
             self._open.discard(opened)
             self._idle[opened] = time.monotonic()
 
