@@ -18,6 +18,7 @@ from pathlib import Path
 from cakefs.errors import CakeError, CorruptData
 from cakefs.store.catalog import Catalog
 from cakefs.store.files import locked, sync_directories, sync_file
+from cakefs.store.pages import check_pages
 
 RATE = 1 << 20  # Bytes of catalog for which a copy is not made again within a second: a large one is copied seldom.
 HINT = "cakefs verify --repair"
@@ -73,10 +74,11 @@ def check(directory: Path) -> None:
 
 
 def try_out(directory: Path, empty: Path) -> None:
-    """Changes all of a catalog, in a copy of its file: pages that took each other's place, or are in use and free, are
-    not met before that. Raises CorruptData, or ends the process, as `check` may."""
+    """Looks at the pages of a catalog, and changes all of it, in a copy of its file: pages that took each other's
+    place, or are in use and free, are not met before that. Raises CorruptData, or ends the process, as `check` may."""
     with opened(directory) as catalog:
         catalog.copy_file(empty)
+    check_pages(empty / "data.mdb")
     with opened(empty) as catalog:
         before = catalog.digest()
         catalog.rewrite()

@@ -143,6 +143,16 @@ class Catalog:
         with self._read() as txn:
             return {span: str(digest, "ascii") for span, digest in _scan(txn, self._env.table["spans"], identity)}
 
+    def span_at(self, identity: str, start: int) -> tuple[int, str] | None:
+        """Stop and digest of a sealed span, not empty, that begins there."""
+        with self._read() as txn:
+            for (begin, stop), digest in _scan(txn, self._env.table["spans"], identity, start):
+                if begin > start:
+                    return None
+                if stop > start:
+                    return stop, str(digest, "ascii")
+        return None
+
     def sealed(self) -> dict[str, dict[tuple[int, int], str]]:
         """All sealed spans with their digests, by identity, start and stop."""
         found: dict[bytes, dict[tuple[int, int], str]] = {}
@@ -150,7 +160,7 @@ class Catalog:
             for row, digest in txn.cursor(self._env.table["spans"]):
                 found.setdefault(bytes(row[:20]), {})[BOUNDS.unpack_from(row, 20)] = str(digest, "ascii")
             identities = {bytes(k): str(v, "utf-8") for k, v in txn.cursor(self._env.table["identities"])}
-        return {identities[hash]: spans for hash, spans in found.items()}
+            return {identities[hash]: spans for hash, spans in found.items()}
 
     def listing(self) -> list[tuple[SpanKey, str]]:
         """The same, one by one."""
