@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 import pytest
 import trio
@@ -233,9 +234,9 @@ def test_bytes_that_go_while_they_are_pulled_are_no_false_bytes(
         async with open_app(config) as app:
             confirm = jobs.confirm_source
 
-            def late(store: Store, identity: str, size: int) -> bool | None:
+            def late(store: Store, identity: str, size: int, **how: Any) -> bool | None:
                 store.evict([digest for digest, _, inline in store.catalog.blobs() if not inline])
-                return confirm(store, identity, size)
+                return confirm(store, identity, size, **how)
 
             monkeypatch.setattr(jobs, "confirm_source", late)
             manifest = app.model("org/one")

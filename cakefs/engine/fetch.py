@@ -99,8 +99,13 @@ class Fetcher:
 
     # -- wanting ---------------------------------------------------------------------------------------------------
 
-    def want(self, manifest: Manifest, refs: Iterable[ChunkRef], priority: Priority) -> list[Pending]:
+    def want(
+        self, manifest: Manifest, refs: Iterable[ChunkRef], priority: Priority, *, confirm: bool = True
+    ) -> list[Pending]:
         """Joins the flights of chunks that are on their way and starts flights for the others.
+
+        Args:
+            confirm: The transfer processes confirm the upstream files that are complete then; False if the caller does.
 
         Raises:
             RemoteUnavailable: Offline.
@@ -120,7 +125,7 @@ class Fetcher:
                 if (path := file_path(source.locator.url)) is not None:
                     raise RemoteChanged(f"{path} is gone or has changed since it became {manifest.name}", hint=HINT)
                 raise RemoteUnavailable(f"{source.path} of {manifest.name} is not all local, and cakefs is offline")
-            pendings += self._depart(manifest, new, priority)
+            pendings += self._depart(manifest, new, priority, confirm)
         return pendings
 
     def want_ahead(self, manifest: Manifest, refs: Sequence[ChunkRef], *, soon: bool) -> None:
@@ -170,6 +175,14 @@ class Fetcher:
             for source in sources:
                 self._workers[0].look(source.identity, source.locator.size)
 
+    def note_confirmed(self, identity: str, ok: bool) -> None:
+        """A whole upstream file was hashed."""
+        if ok:
+            self.counters.confirmed += 1
+        else:
+            self.counters.refuted += 1
+            self.on_refuted(identity)
+
     def pids(self) -> list[int]:
         """Of the transfer processes that run now."""
         return [worker.pid for worker in self._workers if worker.pid is not None]
@@ -186,11 +199,11 @@ class Fetcher:
     def on_their_way(self) -> int:
         return len(self._pending)
 
-    def _depart(self, manifest: Manifest, refs: list[ChunkRef], priority: Priority) -> list[Pending]:
+    def _depart(self, manifest: Manifest, refs: list[ChunkRef], priority: Priority, confirm: bool) -> list[Pending]:
         pendings, flights = [], []
         for source, start, stop, spans in range_requests(manifest, refs):
             upstream = manifest.sources[source]
-            job = FetchJob(next(self._ids), upstream.locator, upstream.identity, start, stop, spans)
+            job = FetchJob(next(self._ids), upstream.locator, upstream.identity, start, stop, spans, confirm)
             flight = Flight(job, priority)
             self._flights[job.id] = flight
             flights.append(flight)
@@ -256,7 +269,7 @@ class Fetcher:
         elif isinstance(report, Failed):
             self._landed(worker, report.job, error_of(report))
         elif isinstance(report, Confirmed):
-            self._confirmed(report)
+            self.note_confirmed(report.identity, report.ok)
         else:
             self._idle[worker].set()
             self._idle[worker] = trio.Event()
@@ -318,13 +331,6 @@ class Fetcher:
         if pending.event is None:
             pending.event = trio.Event()
         pending.event.set()
-
-    def _confirmed(self, report: Confirmed) -> None:
-        if report.ok:
-            self.counters.confirmed += 1
-        else:
-            self.counters.refuted += 1
-            self.on_refuted(report.identity)
 
     def _on_death(self, worker: WorkerProcess, lost: list[FetchJob]) -> None:
         """The jobs of a process that died go to another; what it wrote is in the store already."""

@@ -52,15 +52,15 @@ def first(ranges: Iterable[ByteRange], size: int) -> list[ByteRange]:
     return cut
 
 
-def tiling(spans: Iterable[tuple[int, int]], size: int) -> list[tuple[int, int]] | None:
-    """Spans that follow each other from 0 to `size` without gap; None when there is a gap.
+def tiling(spans: Iterable[tuple[int, int]], size: int, start: int = 0) -> list[tuple[int, int]] | None:
+    """Spans that follow each other from `start` to `size` without gap; None when there is a gap.
 
     Where spans overlap (a header and the whole file, say), the longer one that begins at the needed place is taken.
     """
     longest: dict[int, int] = {}
-    for start, stop in spans:
-        longest[start] = max(stop, longest.get(start, 0))
-    position, chosen = 0, []
+    for begin, stop in spans:
+        longest[begin] = max(stop, longest.get(begin, 0))
+    position, chosen = start, []
     while longest.get(position, position) > position:
         chosen.append((position, longest[position]))
         position = longest[position]

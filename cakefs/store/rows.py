@@ -23,11 +23,13 @@ def span_row(key: SpanKey) -> bytes:
     return identity_hash(key.identity) + BOUNDS.pack(key.start, key.stop)
 
 
-def scan(txn: "Transaction", table: "Table", identity: str) -> Iterator[tuple[tuple[int, int], memoryview]]:
-    """Start and stop, and the value, of the rows of one upstream file."""
+def scan(
+    txn: "Transaction", table: "Table", identity: str, begin: int = 0
+) -> Iterator[tuple[tuple[int, int], memoryview]]:
+    """Start and stop, and the value, of the rows of one upstream file whose start is `begin` or later."""
     prefix = identity_hash(identity)
     rows = txn.cursor(table)
-    if rows.set_range(prefix):
+    if rows.set_range(prefix + BOUNDS.pack(begin, 0)):
         for row, value in rows:
             if row[:20] != prefix:
                 return

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial as bind
+from typing import NamedTuple
 
 from cakefs.buffers import page_aligned
 from cakefs.engine.local import stream, stream_blob
@@ -23,37 +24,85 @@ log = logging.getLogger(__name__)
 _Stream = Callable[[memoryview], Iterator[memoryview]]
 
 
-def confirm_source(store: Store, identity: str, size: int, *, again: bool = False) -> bool | None:
+class Following:
+    """The hash of the beginning of an upstream file, as far as it is sealed without gap: a file that is hashed while it
+    comes, and not after, is not read from the disk again. For one thread at a time."""
+
+    def __init__(self, store: Store, identity: str, size: int) -> None:
+        self._store = store
+        self._identity = identity
+        self._digest = _hasher(identity.partition(":")[0], size)
+        self._pieces: dict[tuple[int, int], str] = {}
+        self._stop = 0
+        self._buffer = page_aligned(4 * MIB)
+
+    def advance(self, going: Callable[[], bool]) -> None:
+        """Takes in what was sealed meanwhile. Args: going: False ends it soon."""
+        while going() and (found := self._store.catalog.span_at(self._identity, self._stop)) is not None:
+            stop, blob = found
+            digest = self._digest.copy()
+            try:
+                for piece in stream_blob(self._store, blob, self._buffer):
+                    if not going():
+                        return
+                    digest.update(piece)
+            except CorruptData:
+                return  # Whoever confirms the file will meet it again, and say so.
+            self._pieces[self._stop, stop] = blob
+            self._digest, self._stop = digest, stop
+
+    def rest(self, spans: Mapping[tuple[int, int], str], size: int) -> "_Rest | None":
+        """What is left to be hashed; None where these spans, with their blobs, are not what was hashed so far."""
+        pieces = tiling(spans, size, self._stop)
+        if pieces is None or any(spans.get(piece) != blob for piece, blob in self._pieces.items()):
+            return None
+        return _Rest(self._digest.copy(), pieces)
+
+
+class _Rest(NamedTuple):
+    """A hash that has been begun, and the spans that it takes in next."""
+
+    digest: "hashlib._Hash"
+    pieces: list[tuple[int, int]]
+
+
+def confirm_source(
+    store: Store, identity: str, size: int, *, again: bool = False, following: Following | None = None
+) -> bool | None:
     """Hashes a whole upstream file of `size` bytes from the store, if it is complete and was not confirmed before.
 
     Args:
         again: Hash it even if it was confirmed before.
+        following: What was hashed of it already.
 
     Returns:
         True or False for a file that was hashed; None when it is incomplete, has no published hash, or needs none.
     """
-    if identity.partition(":")[0] not in ("sha256", "git") or _pieces(store, identity, size, again) is None:
+    if identity.partition(":")[0] not in ("sha256", "git") or _all_of_it(store, identity, size, again) is None:
         return None
     with store.confirming(identity):
-        return _confirm(store, identity, size, again)
+        return _confirm(store, identity, size, again, following)
 
 
-def _pieces(store: Store, identity: str, size: int, again: bool) -> list[tuple[int, int]] | None:
+def _all_of_it(store: Store, identity: str, size: int, again: bool) -> _Rest | None:
     """What is to be hashed; None when that cannot or need not be done."""
     known = store.catalog.verified(identity)
     if known is not None and known.ok and not again:
         return None
-    return tiling(store.catalog.spans(identity), size)
+    pieces = tiling(store.catalog.spans(identity), size)
+    return _Rest(_hasher(identity.partition(":")[0], size), pieces) if pieces is not None else None
 
 
-def _confirm(store: Store, identity: str, size: int, again: bool) -> bool | None:
+def _confirm(store: Store, identity: str, size: int, again: bool, following: Following | None) -> bool | None:
     """Under its lock: another process may have been here in the meantime."""
-    pieces = _pieces(store, identity, size, again)
-    if pieces is None:
+    whole = _all_of_it(store, identity, size, again)
+    if whole is None:
         return None
-    algorithm, _, expected = identity.partition(":")
-    streams = [bind(stream, store, SpanKey(identity, *piece)) for piece in pieces]
-    actual = _hash(_hasher(algorithm, size), streams)
+    expected = identity.partition(":")[2]
+    rest = following.rest(store.catalog.spans(identity), size) if following else None
+    actual = _hash_spans(store, identity, rest) if rest else None
+    if actual != expected:
+        actual = _hash_spans(store, identity, whole)
     if actual is None:
         return None
     ok = actual == expected
@@ -96,6 +145,10 @@ def prove(store: Store, identity: str, size: int, guesses: Mapping[tuple[int, in
             return None
         store.catalog.set_verified(identity, True, int(time.time()))
         return True
+
+
+def _hash_spans(store: Store, identity: str, rest: _Rest) -> str | None:
+    return _hash(rest.digest, [bind(stream, store, SpanKey(identity, *piece)) for piece in rest.pieces])
 
 
 def _hasher(algorithm: str, size: int) -> "hashlib._Hash":

@@ -39,7 +39,11 @@ def tokens_for(endpoint: str, token: str | None) -> dict[str, str]:
 
 
 class FetchJob(Struct, frozen=True, tag=True):
-    """Fetch `[start, stop)` of the file at `locator`; `spans` are the stored pieces it falls into, rising."""
+    """Fetch `[start, stop)` of the file at `locator`; `spans` are the stored pieces it falls into, rising.
+
+    Attributes:
+        confirm: Confirm the file if it is complete then; False where somebody else will.
+    """
 
     id: int
     locator: Locator
@@ -47,6 +51,7 @@ class FetchJob(Struct, frozen=True, tag=True):
     start: int
     stop: int
     spans: tuple[tuple[int, int], ...]
+    confirm: bool = True
 
 
 class Arrived(Struct, frozen=True, tag=True):

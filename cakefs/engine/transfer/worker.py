@@ -142,7 +142,8 @@ class Worker:
             self._report(failure(job.id, error))
         finally:
             self._fetching -= Counter([job.identity])  # which forgets those of which there are none
-            self._touched[job.identity] = Touched(job.locator.size, job.locator.url)
+            if job.confirm:
+                self._touched[job.identity] = Touched(job.locator.size, job.locator.url)
             self._work.set()
 
     async def _fetch(self, job: FetchJob) -> None:
