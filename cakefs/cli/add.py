@@ -62,7 +62,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
 
 def _add(args: argparse.Namespace, out: Out) -> "Added":
     from cakefs.engine.disk.meter import Meter
-    from cakefs.engine.index import model_name
+    from cakefs.engine.known.naming import model_name
     from cakefs.engine.models.sources import default_name, parse_source
 
     source = parse_source(args.source, args.revision)

@@ -61,7 +61,7 @@ def import_what(
 
     from cakefs.engine.disk import folder, importing
     from cakefs.engine.disk.meter import Meter
-    from cakefs.engine.index import model_name
+    from cakefs.engine.known.naming import model_name
 
     importing.check_name(what, name)
     config = config_of(args)

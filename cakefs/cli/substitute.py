@@ -25,7 +25,7 @@ def wants_substitute(args: argparse.Namespace) -> bool:
 
 
 def run_substitute(args: argparse.Namespace, out: Out) -> int:
-    from cakefs.engine.index import model_name
+    from cakefs.engine.known.naming import model_name
     from cakefs.engine.models.sources import default_name, parse_source
     from cakefs.engine.models.substitute import substitute_model
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple
 
+from cakefs.engine.known.naming import check_place, same_model
 from cakefs.engine.known.shown import Local, Shown, put_model
 from cakefs.engine.models.ggufview import fetch_tokenizers, show_gguf
 from cakefs.engine.models.upstream import Unreadable, Upstream
@@ -16,7 +17,7 @@ from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CorruptData, InvalidFormat, NotFound, UserError
 from cakefs.formats import sharded
 from cakefs.formats.torchckpt import is_index
-from cakefs.model import SMALL_FILE_LIMIT, Listing, Manifest, Published, View
+from cakefs.model import SMALL_FILE_LIMIT, Listing, Manifest, Published
 from cakefs.plan.compose import Header, build_manifest
 from cakefs.plan.gguf_compose import is_gguf, split_sets
 from cakefs.plan.present import checkpoint_files, is_safetensors, main_files, wanted_checkpoints, wanted_indexes
@@ -185,11 +186,6 @@ async def _each(function: Callable[[str], Awaitable[None]], items: Iterable[str]
             nursery.start_soon(function, item)
 
 
-def same_model(a: Manifest, b: Manifest) -> bool:
-    """Whether two manifests show the same content at the same revision; only the day of adding may differ."""
-    return (a.origin, a.revision, a.sources, a.spans, a.files) == (b.origin, b.revision, b.sources, b.spans, b.files)
-
-
 def _has_grown(old: Manifest, new: Manifest) -> bool:
     """Whether the one is the same revision with further files: it was added from a cache that had not all of them."""
     same = old.revision and (old.origin, old.revision) == (new.origin, new.revision)
@@ -201,24 +197,3 @@ def _taken(old: Manifest, new: Manifest) -> UserError:
         return UserError(f"{old.name} is already here, from {old.origin}", hint="--as NAME, or --update to replace it")
     at = f" at {old.revision[:12]}, not at {new.revision[:12]}" if old.revision != new.revision else ", and has changed"
     return UserError(f"{old.name} is already here{at}", hint="--update to follow, or --as NAME to have both")
-
-
-def check_place(store: Store, manifest: Manifest) -> None:
-    """Refuses a name that a file of another model would hide in the mount, or whose files would hide another model."""
-    name, known = manifest.name, store.catalog.models.all()
-    for other in known:
-        outer, inner = (other, name) if name.startswith(other + "/") else (name, other)
-        if not inner.startswith(outer + "/"):
-            continue
-        files = manifest if outer == name else store.catalog.models.manifest(known[outer].manifest)
-        first = inner[len(outer) + 1 :].partition("/")[0]
-        if any(path.partition("/")[0] == first for path in files.shown(View.MODEL)):
-            raise UserError(f"{inner} would be hidden by a file of {outer}", hint="choose another --as NAME")
-
-
-def model_name(name: str) -> str:
-    """A name to show a model under, checked. Raises UserError."""
-    parts = name.split("/")
-    if any(p in ("", ".", "..") or p.startswith(".") or not p.isprintable() or len(p.encode()) > 200 for p in parts):
-        raise UserError(f"bad model name {name!r}", hint="use org/name or a plain word, without a leading dot")
-    return name

@@ -14,7 +14,8 @@ from cakefs.engine.disk import folder, hubcache, ollama
 from cakefs.engine.disk.adopt import Adopter, Turns
 from cakefs.engine.disk.found import Found, Skipped
 from cakefs.engine.disk.meter import Meter
-from cakefs.engine.index import Added, model_name
+from cakefs.engine.index import Added
+from cakefs.engine.known.naming import model_name
 from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CakeError, NotFound, StoreFull, UserError
 from cakefs.model import SMALL_FILE_LIMIT

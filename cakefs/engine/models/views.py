@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol, Unpack
 
-from cakefs.engine.index import check_place, model_name, same_model
+from cakefs.engine.known.naming import check_place, model_name, same_model
 from cakefs.engine.known.shown import Shown, put_model
 from cakefs.engine.known.survey import find_model
 from cakefs.engine.models.ggufview import show_gguf
