@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import trio
 
+from cakefs.errors import CakeError
 from cakefs.model import MIB, ByteRange
 from cakefs.plan.ranges import coalesce, subtract
 from cakefs.store.content import Content
@@ -19,8 +20,9 @@ BATCH = 16 * MIB  # Given back at once: half of what is asked for at once.
 
 
 class Part(NamedTuple):
-    """Bytes `[start, stop)` of a content."""
+    """Bytes `[start, stop)` of a span's content."""
 
+    span: int
     content: Content
     start: int
     stop: int
@@ -41,7 +43,7 @@ class Announced:
         self._served: list[ByteRange] = []
         self._size = 0
         self._given_back: list[ByteRange] = []
-        self.cold: set[Content] = set()  # of which something was not in memory
+        self.cold: set[int] = set()  # spans of which something was not in memory
 
     def ask(self, ahead: Sequence[ByteRange]) -> None:
         """What a reader will most likely come to is read ahead of it, but for what was served already."""
@@ -64,26 +66,28 @@ class Announced:
             self._given_back = []
 
     def _ask(self, parts: Sequence[Part]) -> None:
-        for content, start, stop in parts:
+        for span, content, start, stop in parts:
             with suppress(ValueError, OSError):  # closed meanwhile; an advice that is not taken does no harm
                 if content.willneed(start, stop) and self._cached:
-                    self.cold.add(content)
+                    self.cold.add(span)
 
     def _give_back(self) -> None:
         served = coalesce(self._served)
-        parts = [part for had in served for part in self._parts(had) if part.content in self.cold]
+        with suppress(CakeError):  # such as a catalog that cannot be read now: the bytes were served all the same
+            parts = [part for had in served for part in self._parts(had) if part.span in self.cold]
+            _start(lambda: _give_back(parts))
         if 2 * sum(r.size for r in subtract(served, self._given_back)) < self._size:
             self._given_back = []  # The reader lost what it had: another pass.
         self._given_back = coalesce([*self._given_back, *served])
         self._served, self._size = [], 0
-        _start(lambda: _give_back(parts))
 
 
 def _give_back(parts: Sequence[Part]) -> None:
-    for content, start, stop in parts:
+    for _, content, start, stop in parts:
         with suppress(ValueError, OSError):
             content.wontneed(start, stop)
 
 
 def _start(work: Callable[[], None]) -> None:
-    trio.lowlevel.start_thread_soon(work, lambda outcome: outcome.unwrap())
+    with suppress(RuntimeError):  # no thread can be had now: nothing is lost but time
+        trio.lowlevel.start_thread_soon(work, lambda outcome: outcome.unwrap())

@@ -157,4 +157,6 @@ class OpenFile:
 
     def _parts(self, wanted: ByteRange) -> list[Part]:
         prepared = self.prepared(wanted.start, wanted.size)
-        return [Part(c, s.start, s.start + s.size) for _, opened in prepared for s, c in opened if c is not None]
+        return [
+            Part(s.span, c, s.start, s.start + s.size) for _, opened in prepared for s, c in opened if c is not None
+        ]
