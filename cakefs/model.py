@@ -7,7 +7,7 @@ HTTP's inclusive form exists only in `remotes/http.py`.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from typing import Annotated, NamedTuple, TypeVar
 
@@ -326,10 +326,11 @@ def check_file(m: Manifest, file: File) -> None:
 
 
 def _check_extents(m: Manifest, segments: Iterable[Segment], where: str) -> None:
-    for segment in segments:
-        for s in leaves(segment):
-            if not (0 <= s.span < len(m.spans) and 0 <= s.start <= s.stop <= m.spans[s.span].size):
-                raise InvalidFormat(f"manifest of {m.name}: bad extent in {where}")
+    spans, count = m.spans, len(m.spans)
+    for s in all_leaves(segments):
+        span = spans[s.span] if 0 <= s.span < count else None
+        if span is None or not 0 <= s.start <= s.stop <= span.stop - span.start:
+            raise InvalidFormat(f"manifest of {m.name}: bad extent in {where}")
 
 
 def leaves(segment: Segment) -> Sequence[Extent]:
@@ -339,6 +340,15 @@ def leaves(segment: Segment) -> Sequence[Extent]:
     if isinstance(segment, Computed):
         return [leaf for part in segment.inputs for leaf in leaves(part)]
     return ()
+
+
+def all_leaves(segments: Iterable[Segment]) -> Iterator[Extent]:
+    """Of each of them in turn."""
+    for segment in segments:
+        if isinstance(segment, Extent):
+            yield segment
+        else:
+            yield from leaves(segment)
 
 
 def is_safe_path(path: str) -> bool:

@@ -52,6 +52,7 @@ PROVOKED = {
     "test_evict.py::test_what_was_set_aside": _STORE,
     "test_export": _STORE,
     "test_faults_add": "trying again in ",
+    "test_faults_read.py::test_bytes_that_another_process_found_wrong": _UPSTREAM,
     "test_fs_": "cannot read |lookup: |did not answer within",
     "test_fs_mount.py::test_failed_reads": "unexpected failure|Traceback",
     "test_fs_ops": "unexpected failure",

@@ -48,7 +48,7 @@ def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def of_one_content(content: Pages, *, cached: bool = True) -> Announced:
-    return Announced(lambda r: [Part(0, content, r.start, r.stop)], cached=cached)
+    return Announced(lambda ranges, _: [Part(0, content, *r) for r in ranges], cached=cached)
 
 
 def read(file: Announced, start: int, stop: int) -> None:

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -190,12 +191,19 @@ def test_weights_are_looked_up_by_pattern_as_vllm_does(place: Viewed) -> None:
     assert bodies(place.hub) == []
 
 
+def next_second() -> None:
+    """What a branch stands for is what was added last, by the second."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 def test_a_branch_that_moved_is_followed_without_a_write(place: Viewed) -> None:
     first = added(place, "acme/moved")
+    next_second()
     second = place.hub.add_repo("acme/moved", {**FILES, "config.json": b'{"v": 2}'})
     (by_file,) = place.client("hf_hub_download('acme/moved', 'config.json')")
     assert by_file == str(place.snapshot("acme/moved", second) / "config.json")
     assert Path(by_file).read_bytes() == b'{"v": 2}'
+    next_second()
     third = place.hub.add_repo("acme/moved", {**FILES, "config.json": b'{"v": 3}'})
     absent, whole = place.client(
         "hf_hub_download('acme/moved', 'adapter_config.json')",  # fatal with a stale ref

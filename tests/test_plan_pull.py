@@ -14,7 +14,7 @@ from cakefs.engine.known.survey import find_model
 from cakefs.errors import UserError
 from cakefs.model import CHUNK, File, Locator, Manifest, Source, Span, SpanKey
 from cakefs.plan.pullplan import Held, plan_pull
-from cakefs.plan.requests import BATCH_CHUNKS, ChunkRef, chunk_size, pull_requests, span_chunks
+from cakefs.plan.requests import BATCH_CHUNKS, ChunkRef, chunks_size, pull_requests, span_chunks
 from cakefs.store.store import Store
 from tests.hub import Hub
 from tests.inside import Inside
@@ -34,7 +34,9 @@ def test_the_requests_of_a_pull_cover_what_is_missing_and_not_a_byte_more(
     m = manifest(*sizes, sources=sources)
     refs = data.draw(st.sets(st.sampled_from(all_chunks(m)), max_size=20))
     missing = [[ref for ref in span_chunks(i, 0, span.size) if ref in refs] for i, span in enumerate(m.spans)]
-    wanted = sorted((m.spans[r.span].source, m.spans[r.span].start + r.chunk * CHUNK, chunk_size(m, r)) for r in refs)
+    wanted = sorted(
+        (m.spans[r.span].source, m.spans[r.span].start + r.chunk * CHUNK, chunks_size(m, [r])) for r in refs
+    )
     asked = list(pull_requests(m, missing))
     assert len(asked) == len(set(asked))
     covered = set()

@@ -5,7 +5,7 @@ twice. So what came from the disk for a reader is given back once he has it; wha
 again, for another model that shares it, it comes from the disk again.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from cakefs.plan.ranges import coalesce, subtract
 from cakefs.store.content import Content
 
 BATCH = 16 * MIB  # Given back at once: half of what is asked for at once.
+RANGES = 1024  # Of what was served: more are of a reader that jumps, for whom nothing is asked.
 
 
 class Part(NamedTuple):
@@ -33,11 +34,13 @@ class Announced:
     processor time of reading.
 
     Args:
-        parts: What of the store is at a range of the file.
+        parts: What of the store is at ranges of the file; of some spans only, where any are named.
         cached: Whoever reads keeps what was served.
     """
 
-    def __init__(self, parts: Callable[[ByteRange], Iterable[Part]], *, cached: bool) -> None:
+    def __init__(
+        self, parts: Callable[[Sequence[ByteRange], Container[int] | None], Sequence[Part]], *, cached: bool
+    ) -> None:
         self._parts = parts
         self._cached = cached
         self._served: list[ByteRange] = []
@@ -47,8 +50,7 @@ class Announced:
 
     def ask(self, ahead: Sequence[ByteRange]) -> None:
         """What a reader will most likely come to is read ahead of it, but for what was served already."""
-        parts = [part for wanted in subtract(ahead, self._given_back) for part in self._parts(wanted)]
-        if parts:
+        if parts := self._parts(subtract(ahead, self._given_back), None):
             _start(lambda: self._ask(parts))
 
     def served(self, start: int, stop: int) -> None:
@@ -74,9 +76,10 @@ class Announced:
     def _give_back(self) -> None:
         served = coalesce(self._served)
         with suppress(CakeError):  # such as a catalog that cannot be read now: the bytes were served all the same
-            parts = [part for had in served for part in self._parts(had) if part.span in self.cold]
+            parts = self._parts(served, self.cold)
             _start(lambda: _give_back(parts))
-        if 2 * sum(r.size for r in subtract(served, self._given_back)) < self._size:
+        again = 2 * sum(r.size for r in subtract(served, self._given_back)) < self._size
+        if again or len(self._given_back) > RANGES:
             self._given_back = []  # The reader lost what it had: another pass.
         self._given_back = coalesce([*self._given_back, *served])
         self._served, self._size = [], 0

@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import msgspec
 import trio
@@ -100,12 +100,17 @@ class Fetcher:
     # -- wanting ---------------------------------------------------------------------------------------------------
 
     def want(
-        self, manifest: Manifest, refs: Iterable[ChunkRef], priority: Priority, *, confirm: bool = True
+        self,
+        manifest: Manifest,
+        refs: Iterable[ChunkRef],
+        priority: Priority,
+        *,
+        confirmed_elsewhere: Container[int] = (),
     ) -> list[Pending]:
         """Joins the flights of chunks that are on their way and starts flights for the others.
 
         Args:
-            confirm: The transfer processes confirm the upstream files that are complete then; False if the caller does.
+            confirmed_elsewhere: Sources that the transfer processes need not confirm once they are complete.
 
         Raises:
             RemoteUnavailable: Offline.
@@ -125,7 +130,7 @@ class Fetcher:
                 if (path := file_path(source.locator.url)) is not None:
                     raise RemoteChanged(f"{path} is gone or has changed since it became {manifest.name}", hint=HINT)
                 raise RemoteUnavailable(f"{source.path} of {manifest.name} is not all local, and cakefs is offline")
-            pendings += self._depart(manifest, new, priority, confirm)
+            pendings += self._depart(manifest, new, priority, confirmed_elsewhere)
         return pendings
 
     def want_ahead(self, manifest: Manifest, refs: Sequence[ChunkRef], *, soon: bool) -> None:
@@ -199,10 +204,13 @@ class Fetcher:
     def on_their_way(self) -> int:
         return len(self._pending)
 
-    def _depart(self, manifest: Manifest, refs: list[ChunkRef], priority: Priority, confirm: bool) -> list[Pending]:
+    def _depart(
+        self, manifest: Manifest, refs: list[ChunkRef], priority: Priority, elsewhere: Container[int]
+    ) -> list[Pending]:
         pendings, flights = [], []
         for source, start, stop, spans in range_requests(manifest, refs):
             upstream = manifest.sources[source]
+            confirm = source not in elsewhere
             job = FetchJob(next(self._ids), upstream.locator, upstream.identity, start, stop, spans, confirm)
             flight = Flight(job, priority)
             self._flights[job.id] = flight

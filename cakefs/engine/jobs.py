@@ -1,8 +1,6 @@
 """The long jobs: pull, verify, gc. Each plans over the catalog, then acts, and reports progress to a callback."""
 
-import logging
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -11,31 +9,27 @@ import trio
 from cakefs.buffers import page_aligned
 from cakefs.engine.evict import prepare_room
 from cakefs.engine.fetch import Fetcher
+from cakefs.engine.follow import Followed
 from cakefs.engine.known import claims
 from cakefs.engine.known.survey import missing_chunks
 from cakefs.engine.local import stream
 from cakefs.engine.tasks import open_flat_nursery
-from cakefs.engine.transfer.confirm import Following, confirm_source
+from cakefs.engine.transfer.confirm import confirm_source
 from cakefs.engine.transfer.flights import Pending, Priority
 from cakefs.engine.transfer.quota import left_free
 from cakefs.errors import CorruptData, NotFound, StoreFull
 from cakefs.model import MIB, File, Literal, Manifest, SpanKey
 from cakefs.plan.choice import file_spans, in_order
 from cakefs.plan.collect import GcPlan, plan_gc
-from cakefs.plan.pullplan import PROVING
-from cakefs.plan.requests import ChunkRef, batches, chunk_size
+from cakefs.plan.requests import ChunkRef, batches, chunks_size
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.store import LITERAL, Store
-
-log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 """Called with the number of bytes done since the last call."""
 
 ROUNDS = 2  # What turns out wrong is fetched once more.
 QUEUED = 8  # Flights queued behind the running ones, so that no connection waits for the planner.
-FOLLOWED = 16 * MIB  # Upstream files of this size are hashed while they come.
-FOLLOW_S = 0.1
 RATE_BYTES = 16 * MIB  # A transfer that says how fast the line is moves at least this much.
 
 
@@ -84,21 +78,21 @@ async def pull_spans(
     sources = {manifest.spans[span].source for span in spans}
     beside = _sealed_of(store, manifest, sources)
     if fetcher.limit:
-        wanted = sum(chunk_size(manifest, ref) for span in left for ref in missing_chunks(store, manifest, span))
+        wanted = sum(chunks_size(manifest, missing_chunks(store, manifest, span)) for span in left)
         needed = [manifest.key(span) for span in spans]  # Also of those that are to be completed.
         room = partial(prepare_room, store, wanted, needed, fetcher.limit, spare=left_free(fetcher.limit))
         await trio.to_thread.run_sync(room)
     progress(sum(manifest.spans[span].size for span in set(spans) - set(left)))
     planned = await trio.to_thread.run_sync(claims.plan, store, manifest, left)
-    following = _follow_all(store, manifest, sources)
+    followed = Followed(store, manifest, left)
     fetched = 0
     if planned.spared:
-        fetched += await _fetch_and_seal(store, fetcher, manifest, planned.fetch, progress, following)
+        fetched += await _fetch_and_seal(store, fetcher, manifest, planned.fetch, progress, followed)
         await trio.to_thread.run_sync(claims.settle, store, manifest, planned)
         left = _unsealed(store, manifest, left)
     for _ in range(ROUNDS):
-        fetched += await _fetch_and_seal(store, fetcher, manifest, left, progress, following)
-        for identity, ok in await trio.to_thread.run_sync(_confirm, store, manifest, sources, following):
+        fetched += await _fetch_and_seal(store, fetcher, manifest, left, progress, followed)
+        for identity, ok in await trio.to_thread.run_sync(_confirm, followed, manifest, sources):
             fetcher.note_confirmed(identity, ok)
         wrong = {source for source in sources if _is_wrong(store, manifest, source)}
         dropped = [span for span in beside if manifest.spans[span].source in wrong]  # with what this pull brought
@@ -114,32 +108,22 @@ async def pull_spans(
 
 
 async def _fetch_and_seal(
-    store: Store,
-    fetcher: Fetcher,
-    manifest: Manifest,
-    spans: Sequence[int],
-    progress: Progress,
-    following: Mapping[int, Following],
+    store: Store, fetcher: Fetcher, manifest: Manifest, spans: Sequence[int], progress: Progress, followed: Followed
 ) -> int:
-    began, coming = trio.current_time(), threading.Event()
-    coming.set()
-    async with open_flat_nursery() as nursery:
-        nursery.start_soon(_follow, following.values(), coming)
-        try:
-            fetched = await _fetch(store, fetcher, manifest, spans, progress)
-        finally:
-            coming.clear()
-            nursery.cancel_scope.cancel()
-    if fetched >= RATE_BYTES:
-        store.catalog.numbers.set_rate(round(fetched / (trio.current_time() - began)))
-    await fetcher.flush()
+    began = trio.current_time()
+    async with followed.coming(fetcher.note_confirmed):
+        fetched = await _fetch(store, fetcher, manifest, spans, progress, followed)
+        if fetched >= RATE_BYTES:
+            store.catalog.numbers.set_rate(round(fetched / (trio.current_time() - began)))
+        await fetcher.flush()
     _check_kept(store, fetcher)
-    unsealed = [manifest.key(span) for span in _unsealed(store, manifest, spans)]
-    await trio.to_thread.run_sync(store.seal, unsealed)
+    await trio.to_thread.run_sync(_seal, store, manifest, spans)
     return fetched
 
 
-async def _fetch(store: Store, fetcher: Fetcher, manifest: Manifest, spans: Sequence[int], progress: Progress) -> int:
+async def _fetch(
+    store: Store, fetcher: Fetcher, manifest: Manifest, spans: Sequence[int], progress: Progress, followed: Followed
+) -> int:
     """Fetches the missing chunks of spans; returns their bytes."""
     fetched = 0
 
@@ -147,7 +131,7 @@ async def _fetch(store: Store, fetcher: Fetcher, manifest: Manifest, spans: Sequ
         nonlocal fetched
         for span in spans:
             missing = missing_chunks(store, manifest, span)
-            size = sum(chunk_size(manifest, ref) for ref in missing)
+            size = chunks_size(manifest, missing)
             progress(manifest.spans[span].size - size)
             fetched += size
             _check_kept(store, fetcher)
@@ -160,9 +144,17 @@ async def _fetch(store: Store, fetcher: Fetcher, manifest: Manifest, spans: Sequ
 
     async with open_flat_nursery() as nursery:
         for batch in batches(manifest, look()):
-            nursery.start_soon(follow, fetcher.want(manifest, batch, Priority.AHEAD, confirm=False))
+            nursery.start_soon(follow, fetcher.want(manifest, batch, Priority.AHEAD, confirmed_elsewhere=followed))
             await fetcher.wait_for_room(QUEUED)
     return fetched
+
+
+def _seal(store: Store, manifest: Manifest, spans: Iterable[int]) -> None:
+    """What came, and what an earlier process left complete of the same upstream files. In a thread."""
+    keys = {manifest.key(span) for span in spans}
+    identities = {key.identity for key in keys}
+    keys |= {key for key, _ in store.partials() if key.identity in identities}
+    store.seal(sorted(keys - store.catalog.recorded(keys)))
 
 
 def _unsealed(store: Store, manifest: Manifest, spans: Sequence[int]) -> list[int]:
@@ -184,39 +176,13 @@ def _is_wrong(store: Store, manifest: Manifest, source: int) -> bool:
     return check is not None and not check.ok
 
 
-def _follow_all(store: Store, manifest: Manifest, sources: Iterable[int]) -> dict[int, Following]:
-    """Of the upstream files that are worth it and can be confirmed, in the order in which they come."""
-    large = [i for i in sorted(sources) if manifest.sources[i].locator.size >= FOLLOWED]
-    published = {i: manifest.sources[i] for i in large if manifest.sources[i].identity.startswith(PROVING)}
-    return {i: Following(store, source.identity, source.locator.size) for i, source in published.items()}
-
-
-async def _follow(following: Iterable[Following], coming: threading.Event) -> None:
-    """Hashes files while they come, so that little is left to do when the last byte has."""
-    while True:
-        await trio.sleep(FOLLOW_S)
-        for file in following:
-            await trio.to_thread.run_sync(file.advance, coming.is_set)
-
-
-def _confirm(
-    store: Store, manifest: Manifest, sources: Iterable[int], following: Mapping[int, Following]
-) -> list[tuple[str, bool]]:
+def _confirm(followed: Followed, manifest: Manifest, sources: Iterable[int]) -> list[tuple[str, bool]]:
     """Hashes complete files; drops those with another hash than was published. In a thread.
 
     Returns: Of those that were hashed, whether they are right.
     """
-    verdicts = []
-    for i in sources:
-        source = manifest.sources[i]
-        ok = confirm_source(store, source.identity, source.locator.size, following=following.get(i))
-        if ok is not None:
-            verdicts.append((source.identity, ok))
-        if ok is False:
-            from cakefs.remotes.answers import shown  # httpx, 0.2 s: only for who has something to tell
-
-            log.error("%s came wrong, and is fetched again", shown(source.locator.url))
-    return verdicts
+    verdicts = {manifest.sources[i].identity: followed.confirm(i) for i in sources}
+    return [(identity, ok) for identity, ok in verdicts.items() if ok is not None]
 
 
 def _check_kept(store: Store, fetcher: Fetcher) -> None:

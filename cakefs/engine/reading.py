@@ -3,6 +3,7 @@
 import math
 import mmap
 from array import array
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from cakefs.buffers import page_aligned
 from cakefs.engine.announced import Announced, Part
 from cakefs.engine.fetch import Fetcher
 from cakefs.engine.local import ContentPool
-from cakefs.model import MIB, ByteRange, File, Manifest, SpanKey
+from cakefs.model import INLINE_LIMIT, MIB, ByteRange, File, Manifest, SpanKey
 from cakefs.plan.layout import Kind, Layout, Piece, header_segments
 from cakefs.plan.readahead import Readahead
 from cakefs.store.content import Content
@@ -155,8 +156,13 @@ class OpenFile:
     def opened(self, piece: Piece) -> Opened:
         return [(stored, self.reading.pool.get(self.key(stored.span))) for stored in self.stored(piece)]
 
-    def _parts(self, wanted: ByteRange) -> list[Part]:
-        prepared = self.prepared(wanted.start, wanted.size)
-        return [
-            Part(s.span, c, s.start, s.start + s.size) for _, opened in prepared for s, c in opened if c is not None
-        ]
+    def _parts(self, wanted: Sequence[ByteRange], among: Container[int] | None) -> list[Part]:
+        """What of the store is there that may be on the disk; of these spans only, where any are named."""
+        found = []
+        for piece in (piece for part in wanted for piece in self.layout.locate(part.start, part.size)):
+            for span, start, size in self.stored(piece):
+                if self.manifest.spans[span].size > INLINE_LIMIT and (among is None or span in among):
+                    content = self.reading.pool.get(self.key(span))
+                    if content is not None:
+                        found.append(Part(span, content, start, start + size))
+        return found

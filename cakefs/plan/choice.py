@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from cakefs.model import File, Manifest, SpanKey, View, leaves
+from cakefs.model import File, Manifest, View, leaves
 from cakefs.plan.derived import own_files
 from cakefs.plan.requests import gaps
 
@@ -22,8 +22,10 @@ def file_spans(manifest: Manifest, files: Iterable[File]) -> list[int]:
 
 def in_order(manifest: Manifest, spans: Iterable[int]) -> list[int]:
     """As a pull takes them; of several with the same bytes (a file that is published twice) one."""
-    ordered = sorted(spans, key=lambda i: (manifest.spans[i].source, manifest.spans[i].start))
-    first: dict[SpanKey, int] = {}
-    for span in ordered:
-        first.setdefault(manifest.key(span), span)
+    places = sorted((manifest.spans[i].source, manifest.spans[i].start, i) for i in spans)
+    numbers: dict[str, int] = {}
+    contents = [numbers.setdefault(source.identity, len(numbers)) for source in manifest.sources]
+    first: dict[tuple[int, int, int], int] = {}
+    for source, start, i in places:
+        first.setdefault((contents[source], start, manifest.spans[i].stop), i)
     return list(first.values())

@@ -73,7 +73,8 @@ def repo_of(folder: str) -> str | None:
 
 
 def repositories(places: Mapping[str, HubPlace]) -> dict[str, HubRepo]:
-    """Repositories by folder name, from places by manifest id. A ref means the commit that was added last for it."""
+    """Repositories by folder name, from places by manifest id. A ref means the commit that was added last for it, by
+    the second."""
     found: dict[str, HubRepo] = {}
     for manifest_id, place in sorted(places.items(), key=lambda item: (item[1].created, item[0])):
         repo = found.setdefault(folder_name(place.repo), HubRepo(place.repo, {}, {}, set()))

@@ -30,9 +30,9 @@ class RangeRequest(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
-def span_chunks(span: int, start: int, stop: int) -> Iterator[ChunkRef]:
+def span_chunks(span: int, start: int, stop: int) -> list[ChunkRef]:
     """The chunks that hold the bytes `[start, stop)` of a span."""
-    return (ChunkRef(span, chunk) for chunk in range(start // CHUNK, -(-stop // CHUNK)))
+    return [ChunkRef(span, chunk) for chunk in range(start // CHUNK, -(-stop // CHUNK))]
 
 
 def gaps(manifest: Manifest, spans: Set[int]) -> set[int]:
@@ -53,8 +53,13 @@ def gaps(manifest: Manifest, spans: Set[int]) -> set[int]:
     }
 
 
-def chunk_size(manifest: Manifest, ref: ChunkRef) -> int:
-    return min(CHUNK, manifest.spans[ref.span].size - ref.chunk * CHUNK)
+def chunks_size(manifest: Manifest, refs: Sequence[ChunkRef]) -> int:
+    """Bytes of rising chunks of one span."""
+    if not refs:
+        return 0
+    index, last = refs[-1]
+    span = manifest.spans[index]
+    return (len(refs) - 1) * CHUNK + min(CHUNK, span.stop - span.start - last * CHUNK)
 
 
 def batches(manifest: Manifest, missing: Iterable[Sequence[ChunkRef]]) -> Iterator[list[ChunkRef]]:
@@ -67,7 +72,7 @@ def batches(manifest: Manifest, missing: Iterable[Sequence[ChunkRef]]) -> Iterat
     size = 0
     for refs in missing:
         batch += refs
-        size += sum(chunk_size(manifest, ref) for ref in refs)
+        size += chunks_size(manifest, refs)
         if size >= BATCH_BYTES or len(batch) >= BATCH_CHUNKS:
             yield batch
             batch, size = [], 0

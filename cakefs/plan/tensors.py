@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from cakefs.model import Manifest, View, leaves
+from cakefs.model import Manifest, View, all_leaves, leaves
 from cakefs.plan.view import WEIGHTS, Bytes, parts_of, tensor_data
 
 
@@ -25,14 +25,13 @@ def shown_tensors(manifest: Manifest) -> list[Tensor]:
     files = manifest.shown(View.MODEL)
     at: dict[int, str] = {}
     for path in sorted(files, key=lambda p: (not p.endswith(".safetensors"), p)):
-        for segment in files[path].segments:
-            for extent in leaves(segment):
-                at.setdefault(extent.span, path)
+        for extent in all_leaves(files[path].segments):
+            at.setdefault(extent.span, path)
     found = []
     for t in manifest.tensors:
         data = tensor_data(manifest, t)
         places = [extent.span for extent in leaves(data)]
-        if all(span in at for span in places):
+        if at.keys() >= {*places}:
             found.append(Tensor(at[places[0]], t.name, t.dtype, t.shape, data))
     return found
 

@@ -9,7 +9,7 @@ Half-open spans become HTTP's inclusive ranges here and nowhere else.
 
 import ssl
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import NamedTuple, Self
 
@@ -161,12 +161,11 @@ class HttpRemote:
             async with self._client.get(route.url, headers, Heads()) as response:
                 yield response
             return
-        with self._routes.searching(locator.url) as found:
-            start = httpx.URL(locator.url)
+        with self._routes.searching(locator.url) as search:
             # The others need not wait for our bytes: most often the first redirect leads to the end.
-            async with self._client.get(start, headers, Heads(), lambda url: found(Route(url, ""))) as response:
+            async with self._client.get(httpx.URL(locator.url), headers, Heads(), search.led_to) as response:
                 if response.status_code in (200, 206):
-                    found(Route(response.url, strong_etag(response.headers)))
+                    search.ended(Route(response.url, strong_etag(response.headers)))
                 yield response
 
 
@@ -183,22 +182,25 @@ class _Routes:
         return self._routes.get(url)
 
     @contextmanager
-    def searching(self, url: str) -> Iterator[Callable[[Route], None]]:
-        """Others wait until a route is told, which a better one may follow, or the context is left without one."""
-        done = self._searches[url] = trio.Event()
-
-        def found(route: Route) -> None:
-            self._routes[url] = route
-            while len(self._routes) > _ROUTES_LIMIT:
-                self._routes.popitem(last=False)
-            done.set()
-
+    def searching(self, url: str) -> Iterator["_Search"]:
+        """Others wait until the search leads somewhere, or the context is left without that."""
+        search = _Search(self, url)
+        self._searches[url] = search.told
         try:
-            yield found
+            yield search
         finally:
-            done.set()
-            if self._searches.get(url) is done:
+            search.told.set()
+            if self._searches.get(url) is search.told:
                 del self._searches[url]
+            if search.guess is not None:
+                self.drop(url, search.guess)
+
+    def put(self, url: str, route: Route) -> None:
+        known = self._routes.get(url)
+        if not (known and known.url == route.url and known.etag):  # else others were there first, and it must hold
+            self._routes[url] = route
+        while len(self._routes) > _ROUTES_LIMIT:
+            self._routes.popitem(last=False)
 
     def drop(self, url: str, route: Route | None = None) -> None:
         """Forgets a route; given one, only if no better one was found meanwhile."""
@@ -212,8 +214,30 @@ class _Routes:
             RemoteChanged: It did.
         """
         known, etag = self._routes.get(locator.url), strong_etag(response.headers)
-        if known and known.url == response.url and known.etag and etag and known.etag != etag:
+        if known and known.url == response.url and not known.etag:
+            self._routes[locator.url] = known._replace(etag=etag)
+        elif known and known.url == response.url and known.etag and etag and known.etag != etag:
             raise RemoteChanged(f"{shown(locator.url)} changed upstream: its ETag is another one", hint=CHANGED_HINT)
+
+
+class _Search:
+    """One search. Attributes: guess: A route that was told, and of which no bytes came yet."""
+
+    def __init__(self, routes: _Routes, url: str) -> None:
+        self._routes = routes
+        self._url = url
+        self.told = trio.Event()
+        self.guess: Route | None = None
+
+    def led_to(self, url: httpx.URL) -> None:
+        self.guess = Route(url, "")
+        self._routes.put(self._url, self.guess)
+        self.told.set()
+
+    def ended(self, route: Route) -> None:
+        self.guess = None
+        self._routes.put(self._url, route)
+        self.told.set()
 
 
 async def _deliver(response: httpx.Response, locator: Locator, span: ByteRange, sink: Sink) -> None:

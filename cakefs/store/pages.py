@@ -67,7 +67,7 @@ class _Pages:
             (count,) = _NUMBER.unpack_from(self._data, row.at)
             if _NUMBER.size * (count + 1) > row.size:
                 raise ValueError("the list of free pages is cut")
-            for (number,) in _NUMBER.iter_unpack(self._data[row.at :][8 : 8 * (count + 1)]):
+            for (number,) in _NUMBER.iter_unpack(self._data[row.at + 8 : row.at + 8 * (count + 1)]):
                 self._use(number)
 
     def _rows(self, root: int, *, plain: bool = False) -> Iterator[_Row]:

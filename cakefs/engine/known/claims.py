@@ -41,7 +41,7 @@ def plan(store: Store, manifest: Manifest, left: Sequence[int]) -> PullPlan:
 
     Where something is claimed, blobs of the claimed sizes are hashed, once in their life. Runs in a thread.
     """
-    identities = {manifest.key(span).identity for span in left}
+    identities = {manifest.sources[source].identity for source in {manifest.spans[span].source for span in left}}
     claims = claims_of(store, identities)
     if not claims:
         return PullPlan(tuple(left), ())

@@ -14,7 +14,7 @@ from cakefs.engine.models.smallfiles import small_files
 from cakefs.model import Manifest, leaves
 from cakefs.plan.choice import in_order
 from cakefs.plan.parents import load_parent, require_layers
-from cakefs.plan.requests import ChunkRef, RangeRequest, chunk_size, pull_requests, span_chunks
+from cakefs.plan.requests import ChunkRef, RangeRequest, chunks_size, pull_requests, span_chunks
 from cakefs.plan.tensors import named_alike, shown_tensors
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.store import Store
@@ -82,7 +82,8 @@ def preview(store: Store, manifest: Manifest, spans: Sequence[int], cached: Cont
     Borrowing(store).forget_lost()
     blobs = _blobs(store, manifest, spans)
     missing = _missing(store, manifest, [span for span in spans if span not in blobs])
-    borrowed = {span for span in missing if manifest.key(span).identity in cached}
+    sources = {i for i, source in enumerate(manifest.sources) if source.identity in cached}
+    borrowed = {span for span in missing if manifest.spans[span].source in sources} if sources else set()
     planned = claims.plan(store, manifest, [span for span in missing if span not in borrowed])
     blobs |= {one.span: one.digest for one in planned.spared if one.digest}
     owners = _owners(store, manifest, set(blobs.values()))
@@ -92,7 +93,7 @@ def preview(store: Store, manifest: Manifest, spans: Sequence[int], cached: Cont
         size, owner = manifest.spans[span].size, owners.get(blobs.get(span, ""), "")
         if span not in missing:
             return _Piece(size, size, State.SHARED if owner else State.LOCAL, owner)
-        local = size - sum(chunk_size(manifest, ref) for ref in missing[span])
+        local = size - chunks_size(manifest, missing[span])
         if span in borrowed or span in spared:
             return _Piece(size, local, State.CACHED if span in borrowed else State.CLAIMED, owner)
         return _Piece(size, local, State.PARTLY if local else State.MISSING, owner)
@@ -135,7 +136,7 @@ def _missing(store: Store, manifest: Manifest, left: Iterable[int]) -> dict[int,
     return {
         span: missing_chunks(store, manifest, span)
         if flying and manifest.key(span) in flying
-        else list(span_chunks(span, 0, manifest.spans[span].size))
+        else span_chunks(span, 0, manifest.spans[span].size)
         for span in left
     }
 
@@ -164,7 +165,7 @@ def _rows(manifest: Manifest, pieces: Mapping[int, _Piece]) -> Iterator[TensorPl
     rest = dict.fromkeys(pieces)
     (tensors,) = named_alike(shown_tensors(manifest))
     for name, tensor in tensors.items():
-        spans = {e.span for e in leaves(tensor.data) if e.size}
+        spans = {e.span for e in leaves(tensor.data) if e.stop > e.start}
         if spans and spans <= pieces.keys():
             yield _row(name, tensor.dtype, tensor.shape, [pieces[span] for span in spans])
             for span in spans:
@@ -194,10 +195,16 @@ def _row(name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[_Piece]
 
 def _sums(pieces: Iterable[_Piece]) -> dict[State, int]:
     sums = dict.fromkeys((State.LOCAL, State.SHARED, State.CLAIMED, State.CACHED, State.MISSING), 0)
-    for piece in pieces:
-        if piece.state in (State.PARTLY, State.MISSING, State.CACHED):
-            sums[State.LOCAL] += piece.local_bytes
-            sums[State.MISSING if piece.state is State.PARTLY else piece.state] += piece.size - piece.local_bytes
+    local = missing = 0
+    for size, here, state, _ in pieces:
+        if state is State.MISSING or state is State.PARTLY:
+            local += here
+            missing += size - here
+        elif state is State.CACHED:
+            local += here
+            sums[state] += size - here
         else:
-            sums[piece.state] += piece.size
+            sums[state] += size
+    sums[State.LOCAL] += local
+    sums[State.MISSING] = missing
     return sums

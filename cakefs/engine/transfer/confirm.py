@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cakefs.buffers import page_aligned
 from cakefs.engine.local import stream, stream_blob
-from cakefs.errors import CorruptData
+from cakefs.errors import CakeError, CorruptData
 from cakefs.model import MIB, SpanKey
 from cakefs.plan.pullplan import PROVING
 from cakefs.plan.ranges import tiling
@@ -25,31 +25,36 @@ _Stream = Callable[[memoryview], Iterator[memoryview]]
 
 
 class Following:
-    """The hash of the beginning of an upstream file, as far as it is sealed without gap: a file that is hashed while it
-    comes, and not after, is not read from the disk again. For one thread at a time."""
+    """The hash of the beginning of an upstream file, as far as it is sealed without gap. For one thread at a time.
+
+    Attributes:
+        over: There is nothing more to do here: all of it was hashed, or it cannot be.
+    """
 
     def __init__(self, store: Store, identity: str, size: int) -> None:
         self._store = store
         self._identity = identity
+        self._size = size
         self._digest = _hasher(identity.partition(":")[0], size)
         self._pieces: dict[tuple[int, int], str] = {}
         self._stop = 0
-        self._buffer = page_aligned(4 * MIB)
+        self.over = False
 
-    def advance(self, going: Callable[[], bool]) -> None:
-        """Takes in what was sealed meanwhile. Args: going: False ends it soon."""
-        while going() and (found := self._store.catalog.span_at(self._identity, self._stop)) is not None:
-            stop, blob = found
-            digest = self._digest.copy()
-            try:
-                for piece in stream_blob(self._store, blob, self._buffer):
+    def advance(self, buffer: memoryview, going: Callable[[], bool]) -> None:
+        """Takes in what was sealed meanwhile, through the buffer. Args: going: False ends it soon."""
+        try:
+            while not self.over and going() and (found := self._store.catalog.span_at(self._identity, self._stop)):
+                stop, blob = found
+                digest = self._digest.copy()
+                for piece in stream_blob(self._store, blob, buffer):
                     if not going():
                         return
                     digest.update(piece)
-            except CorruptData:
-                return  # Whoever confirms the file will meet it again, and say so.
-            self._pieces[self._stop, stop] = blob
-            self._digest, self._stop = digest, stop
+                self._pieces[self._stop, stop] = blob
+                self._digest, self._stop = digest, stop
+                self.over = stop == self._size
+        except CakeError:
+            self.over = True  # Whoever confirms the file will meet it again, and say so.
 
     def rest(self, spans: Mapping[tuple[int, int], str], size: int) -> "_Rest | None":
         """What is left to be hashed; None where these spans, with their blobs, are not what was hashed so far."""
