@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from cakefs.app import App, open_app
 from cakefs.config import load_config, parse_size
-from cakefs.engine import jobs
+from cakefs.engine import follow, jobs
 from cakefs.engine.evict import make_room, room_plan
 from cakefs.engine.held import held
 from cakefs.engine.read import FileReader
@@ -232,13 +232,13 @@ def test_bytes_that_go_while_they_are_pulled_are_no_false_bytes(
     async def pull() -> None:
         config = load_config({"store": cakefs.store, "endpoint": hub.endpoint})
         async with open_app(config) as app:
-            confirm = jobs.confirm_source
+            confirm = follow.confirm_source
 
             def late(store: Store, identity: str, size: int, **how: Any) -> bool | None:
                 store.evict([digest for digest, _, inline in store.catalog.blobs() if not inline])
                 return confirm(store, identity, size, **how)
 
-            monkeypatch.setattr(jobs, "confirm_source", late)
+            monkeypatch.setattr(follow, "confirm_source", late)
             manifest = app.model("org/one")
             await jobs.pull(app.store, app.fetcher, manifest, manifest.files, lambda _: None)
 
