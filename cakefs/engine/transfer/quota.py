@@ -15,8 +15,8 @@ from cakefs.model import MIB
 from cakefs.plan.requests import REQUEST_LIMIT
 from cakefs.store.store import Store
 
-# Counted anew, and room made, by this part of the limit: evicting has to look at all that is there. As much is left
-# free for what another process has been admitted and has not written yet.
+# Counted anew, and room made, by this part of the limit: evicting has to look at all that is there. As much, or a whole
+# request, is left free for what another process has been admitted and has not written yet.
 PART = 50
 PART_LIMIT = 256 * MIB
 PAUSE_S = 1.0  # Between two attempts to make room when there was none.
@@ -74,9 +74,9 @@ class Quota:
     async def _count(self, size: int) -> None:
         from cakefs.engine.evict import make_room  # 0.05 s: only for a store with a limit
 
-        part = max(size, self._part)
-        wanted = 2 * part + self._coming
+        part, spare = max(size, self._part), left_free(self._limit)
+        wanted = part + spare + self._coming
         free = await in_background(make_room, self._store, wanted, self._limit, spared_since=self._spared_since)
-        self._free = min(free - part - self._coming, part)
+        self._free = min(free - spare - self._coming, part)
         if self._free < size:
             self._again_at = time.monotonic() + PAUSE_S
