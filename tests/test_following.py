@@ -180,6 +180,7 @@ def test_a_pull_that_is_ended_has_confirmed_what_was_complete(hub: Hub, app_of: 
                     await trio.sleep(0.02)
             nursery.cancel_scope.cancel()
         hub.clear_faults()
+        assert verified(app) == [True, False]
 
     app_of(body)
 

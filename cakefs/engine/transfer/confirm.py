@@ -56,9 +56,9 @@ class Following:
         except CakeError:
             self.over = True  # Whoever confirms the file will meet it again, and say so.
 
-    def rest(self, spans: Mapping[tuple[int, int], str], size: int) -> "_Rest | None":
+    def rest(self, spans: Mapping[tuple[int, int], str]) -> "_Rest | None":
         """What is left to be hashed; None where these spans, with their blobs, are not what was hashed so far."""
-        pieces = tiling(spans, size, self._stop)
+        pieces = tiling(spans, self._size, self._stop)
         if pieces is None or any(spans.get(piece) != blob for piece, blob in self._pieces.items()):
             return None
         return _Rest(self._digest.copy(), pieces)
@@ -104,7 +104,7 @@ def _confirm(store: Store, identity: str, size: int, again: bool, following: Fol
     if whole is None:
         return None
     expected = identity.partition(":")[2]
-    rest = following.rest(store.catalog.spans(identity), size) if following else None
+    rest = following.rest(store.catalog.spans(identity)) if following else None
     actual = _hash_spans(store, identity, rest) if rest else None
     if actual != expected:
         actual = _hash_spans(store, identity, whole)
