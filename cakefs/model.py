@@ -296,20 +296,22 @@ class ManifestHead(Struct, frozen=True, array_like=True):
     spans: Raw = Raw()
     tensors: Raw = Raw()
     files: Raw = Raw()
-    stack: Raw = Raw()
+    stack: tuple[StackLayer, ...] = ()
     substituted: str = ""
     whole: bool = True
 
 
 def check_manifest(m: Manifest) -> None:
     """Raises InvalidFormat where indices dangle, spans leave their source, or segments do not add up."""
+    sizes = [source.locator.size for source in m.sources]
     for span in m.spans:
-        if not (0 <= span.source < len(m.sources) and 0 <= span.start <= span.stop):
+        if not (0 <= span.source < len(sizes) and 0 <= span.start <= span.stop):
             raise InvalidFormat(f"manifest of {m.name}: bad span {span}")
-        if span.stop > m.sources[span.source].locator.size:
+        if span.stop > sizes[span.source]:
             raise InvalidFormat(f"manifest of {m.name}: span past the end of {m.sources[span.source].path}")
+    count = len(m.spans)
     for tensor in m.tensors:
-        if not COMPUTED <= tensor.span < len(m.spans):
+        if not COMPUTED <= tensor.span < count:
             raise InvalidFormat(f"manifest of {m.name}: tensor {tensor.name} has no span")
         if tensor.data is not None:
             _check_extents(m, [tensor.data], f"tensor {tensor.name}")

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from cakefs.errors import UserError
 from cakefs.plan.layers import (
+    Name,
     Role,
     detect_prefix,
     group_at,
@@ -62,21 +63,21 @@ def test_text_is_read_back(layers: set[int]) -> None:
 
 
 def test_names_are_split_at_the_first_number() -> None:
-    assert split_name("model.layers.10.mlp.experts.3.w1") == ("model.layers", 10, ".mlp.experts.3.w1")
-    assert split_name("h.0") == ("h", 0, "")
+    assert split_name("model.layers.10.mlp.experts.3.w1") == Name("model.layers", 10, ".mlp.experts.3.w1")
+    assert split_name("h.0") == Name("h", 0, "")
     assert split_name("lm_head.weight") is None
     assert split_name("0.weight") is None  # nothing before it
     assert split_name("a.01.b") is None  # no number as anybody writes it
     assert split_name("a.1b.c") is None
     assert split_name("a.123456789.b") is None  # no model has so many
-    assert split_name("a.1b.2.c") == ("a.1b", 2, ".c")
-    assert split_name("a..3") == ("a.", 3, "")
+    assert split_name("a.1b.2.c") == Name("a.1b", 2, ".c")
+    assert split_name("a..3") == Name("a.", 3, "")
 
 
 def test_a_prefix_needs_its_dot() -> None:
     assert split_name("model.layers.10.x", "model.layers.1") is None
     assert split_name("model.layersX.1.x", "model.layers") is None
-    assert split_name("a.3.experts.7.w", "a.3.experts") == ("a.3.experts", 7, ".w")
+    assert split_name("a.3.experts.7.w", "a.3.experts") == Name("a.3.experts", 7, ".w")
 
 
 GROUPS = group_layers(

@@ -207,6 +207,8 @@ def _show_tensors(tensors: "Sequence[TensorPlan]", out: Out) -> None:
 
 
 def _as_json(found: "Preview") -> dict[str, object]:
+    import msgspec
+
     from cakefs.cli.bars import groups_as_json
     from cakefs.engine.known.preview import seconds
     from cakefs.plan.diff import group_cells
@@ -222,5 +224,5 @@ def _as_json(found: "Preview") -> dict[str, object]:
         "rate": found.rate or None,
         "seconds": seconds(found.missing, found.rate),
         "layers": groups_as_json(group_cells(_cells(found.tensors)), mark),
-        "tensors": [t._asdict() for t in found.tensors],
+        "tensors": [msgspec.structs.asdict(t) for t in found.tensors],
     }

@@ -164,7 +164,7 @@ class _Builder:
         found = self._indexed(shown.origin, index, shards, headers)
         found.sort(key=lambda pair: canonical_key(pair[0]))
         metadata = merged_metadata([shard.metadata for shard in headers.values()])
-        header = build_header((entry[:3] for entry, _ in found), metadata, shown.path)
+        header = build_header((entry for entry, _ in found), metadata, shown.path)
         segments: list[Segment] = [Literal(self._put_literal(header), len(header))]
         segments.extend(extent for _, extent in found)
         size = len(header) + sum(entry.size for entry, _ in found)

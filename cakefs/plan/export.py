@@ -76,7 +76,7 @@ def aligned(manifest: Manifest, file: File, header: Header, block: int) -> tuple
         return None
     pairs = _ordered(manifest, pairs, block)
     try:
-        data = _padded(build_header((entry[:3] for entry, _ in pairs), header.metadata, file.path), block)
+        data = _padded(build_header((entry for entry, _ in pairs), header.metadata, file.path), block)
     except InvalidFormat:
         return None
     segments = (Literal("", len(data)), *(segment for _, segment in pairs))

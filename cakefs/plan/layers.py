@@ -8,7 +8,8 @@ component, so experts inside a layer (`….mlp.experts.3.w1`) never make groups 
 import re
 from collections.abc import Collection, Iterable, Mapping
 from enum import Enum
-from typing import NamedTuple
+
+import msgspec
 
 from cakefs.errors import UserError
 from cakefs.formats.strictjson import brief
@@ -60,7 +61,7 @@ def layers_text(layers: Iterable[int]) -> str:
 # --- names ----------------------------------------------------------------------------------------------------------
 
 
-class Name(NamedTuple):
+class Name(msgspec.Struct, frozen=True, gc=False):
     """A tensor's name taken apart: `<prefix>.<layer><rest>`, where `rest` is empty or starts with a dot."""
 
     prefix: str

@@ -119,8 +119,7 @@ class _Merger:
         at = f"{self._donor.prefix}.{number}"
         if is_plain(self._stack, layer):
             manifest = layer.inputs[0].parent.manifest
-            for rest, part in tensors[0].items():
-                self._builder.add_part(manifest, at + rest, part)
+            self._builder.add_parts(manifest, ((at + rest, part) for rest, part in tensors[0].items()))
             return
         for rest in self._common(layer, tensors):
             self._add(at + rest, [found[rest] for found in tensors], layer, layer.depth)

@@ -61,10 +61,9 @@ def build_slice(
     builder, warnings = ViewBuilder(put_literal), list[str]()
     moved = {layer: i if renumber else layer for i, layer in enumerate(chosen)}
     for layer, number in moved.items():
-        for rest, part in parent.layers[layer].items():
-            builder.add_part(manifest, f"{parent.prefix}.{number}{rest}", part)
-    for part in _outside(parent, with_embeddings, with_head, warnings):
-        builder.add_part(manifest, part.name, part)
+        at = f"{parent.prefix}.{number}"
+        builder.add_parts(manifest, ((at + rest, part) for rest, part in parent.layers[layer].items()))
+    builder.add_parts(manifest, ((p.name, p) for p in _outside(parent, with_embeddings, with_head, warnings)))
     for file in donor_files(manifest):
         builder.add_file(manifest, file)
     config = manifest.shown(View.MODEL).get(CONFIG)

@@ -62,11 +62,8 @@ def build_substituted(
     """
     parts, donors = parts_of(manifest), parts_of(other)
     builder = ViewBuilder(put_literal)
-    for tensor, part in parts.items():
-        if tensor in diffs:
-            builder.add_part(other, tensor, donors[tensor])
-        else:
-            builder.add_part(manifest, tensor, part)
+    builder.add_parts(other, ((name, donors[name]) for name in parts if name in diffs))
+    builder.add_parts(manifest, ((name, part) for name, part in parts.items() if name not in diffs))
     for path, file in own_files(manifest).items():
         if path != WEIGHTS:
             builder.add_file(manifest, file)

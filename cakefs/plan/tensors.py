@@ -2,26 +2,21 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from cakefs.model import Manifest, View, all_leaves, leaves
-from cakefs.plan.view import WEIGHTS, Bytes, parts_of, tensor_data
+from cakefs.plan.view import WEIGHTS, Part, parts_of, tensor_data
 
 
-class Tensor(NamedTuple):
-    """A tensor of a shown file; `data` counts in the manifest's spans."""
+class Tensor(Part, frozen=True, gc=False):
+    """A tensor of the shown file `path`; `data` counts in the manifest's spans."""
 
     path: str
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    data: Bytes
 
 
 def shown_tensors(manifest: Manifest) -> list[Tensor]:
     """In the order of the manifest. A tensor that several files show counts once, for the first of them."""
     if manifest.stack:
-        return [Tensor(WEIGHTS, *part) for part in parts_of(manifest).values()]
+        return [Tensor(p.name, p.dtype, p.shape, p.data, WEIGHTS) for p in parts_of(manifest).values()]
     files = manifest.shown(View.MODEL)
     at: dict[int, str] = {}
     for path in sorted(files, key=lambda p: (not p.endswith(".safetensors"), p)):
@@ -30,9 +25,9 @@ def shown_tensors(manifest: Manifest) -> list[Tensor]:
     found = []
     for t in manifest.tensors:
         data = tensor_data(manifest, t)
-        places = [extent.span for extent in leaves(data)]
-        if at.keys() >= {*places}:
-            found.append(Tensor(at[places[0]], t.name, t.dtype, t.shape, data))
+        paths = [at.get(extent.span) for extent in leaves(data)]
+        if paths[0] is not None and None not in paths:
+            found.append(Tensor(t.name, t.dtype, t.shape, data, paths[0]))
     return found
 
 

@@ -6,8 +6,9 @@ a repeated layer costs nothing) or one that is calculated, in the official write
 """
 
 import re
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
 
 from cakefs.errors import UserError
 from cakefs.formats.safetensors import TensorSpec, build_header, canonical_key
@@ -26,6 +27,7 @@ from cakefs.model import (
     StackLayer,
     TensorInfo,
     View,
+    all_leaves,
     leaves,
 )
 
@@ -50,7 +52,7 @@ _BEHIND = re.compile(
 _BELOW = ("additional_chat_templates/",)
 
 
-class Part(NamedTuple):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """A tensor of a manifest's `model.safetensors`; `data` counts in that manifest's spans."""
 
     name: str
@@ -72,7 +74,7 @@ def parts_of(manifest: Manifest) -> dict[str, Part]:
         data: Sequence[Segment] = file.segments[1:]
         pairs = zip(manifest.tensors, data, strict=True)
         return {t.name: Part(t.name, t.dtype, t.shape, s) for t, s in pairs if not isinstance(s, Literal)}
-    spans = {e.span for s in file.segments for e in leaves(s)}
+    spans = {e.span for e in all_leaves(file.segments)}
     return {
         t.name: Part(t.name, t.dtype, t.shape, tensor_data(manifest, t))
         for t in manifest.tensors
@@ -94,12 +96,27 @@ def donor_files(manifest: Manifest) -> list[File]:
     ]
 
 
-class _Taken(NamedTuple):
-    """What a view has of a parent: number there -> number here."""
+class _Parent:
+    """Counts the spans of one parent in the tables of a view: `(source, start, stop)` -> number."""
 
-    parent: Manifest
-    sources: dict[int, int]
-    spans: dict[int, int]
+    def __init__(self, manifest: Manifest, sources: dict[Source, int], spans: dict[tuple[int, int, int], int]) -> None:
+        self._manifest = manifest
+        self._sources = sources
+        self._spans = spans
+        self._here: dict[int, int] = {}  # number there -> number here
+
+    def take(self, data: Bytes) -> Bytes:
+        if isinstance(data, Computed):
+            inputs = tuple(map(self.take, data.inputs))
+            return Computed(data.op, data.dtype, data.size, inputs, data.dtypes, data.params)
+        number = self._here.get(data.span)
+        return Extent(self._count(data.span) if number is None else number, data.start, data.stop)
+
+    def _count(self, span: int) -> int:
+        old = self._manifest.spans[span]
+        source = self._sources.setdefault(self._manifest.sources[old.source], len(self._sources))
+        number = self._here[span] = self._spans.setdefault((source, old.start, old.stop), len(self._spans))
+        return number
 
 
 class ViewBuilder:
@@ -109,43 +126,32 @@ class ViewBuilder:
         self._put_literal = put_literal
         self._sources: dict[Source, int] = {}
         self._spans: dict[tuple[int, int, int], int] = {}
-        self._taken: dict[int, _Taken] = {}  # by id of the parent, which this keeps alive
+        self._parents: dict[int, _Parent] = {}  # by id of the manifest, which this keeps alive
         self._tensors: list[tuple[TensorSpec, Bytes]] = []
         self._files: dict[str, File] = {}
         self.metadata = {"format": "pt"}  # Of `model.safetensors`.
 
     def take(self, manifest: Manifest, data: Bytes) -> Bytes:
         """The same bytes, counted in the view's spans."""
-        if isinstance(data, Computed):
-            inputs = tuple(self.take(manifest, part) for part in data.inputs)
-            return Computed(data.op, data.dtype, data.size, inputs, data.dtypes, data.params)
-        return Extent(self._span(manifest, data.span), data.start, data.stop)
+        return self._parent(manifest).take(data)
 
-    def _span(self, manifest: Manifest, span: int) -> int:
-        taken = self._taken.get(id(manifest))
-        if taken is None:
-            taken = self._taken[id(manifest)] = _Taken(manifest, {}, {})
-        known = taken.spans.get(span)
-        if known is None:
-            old = manifest.spans[span]
-            source = taken.sources.get(old.source)
-            if source is None:
-                source = self._sources.setdefault(manifest.sources[old.source], len(self._sources))
-                taken.sources[old.source] = source
-            known = self._spans.setdefault((source, old.start, old.stop), len(self._spans))
-            taken.spans[span] = known
-        return known
+    def _parent(self, manifest: Manifest) -> _Parent:
+        if id(manifest) not in self._parents:
+            self._parents[id(manifest)] = _Parent(manifest, self._sources, self._spans)
+        return self._parents[id(manifest)]
 
     def add_tensor(self, name: str, dtype: str, shape: tuple[int, ...], data: Bytes) -> None:
         """`data` as `take` or a calculation over what it gave."""
         self._tensors.append((TensorSpec(name, dtype, shape), data))
 
-    def add_part(self, manifest: Manifest, name: str, part: Part) -> None:
-        """A tensor of a parent as it is."""
-        self.add_tensor(name, part.dtype, part.shape, self.take(manifest, part.data))
+    def add_parts(self, manifest: Manifest, parts: Iterable[tuple[str, Part]]) -> None:
+        """Tensors of a parent as they are, under these names."""
+        take = self._parent(manifest).take
+        self._tensors += ((TensorSpec(name, p.dtype, p.shape), take(p.data)) for name, p in parts)
 
     def add_file(self, manifest: Manifest, file: File) -> None:
-        segments = tuple(s if isinstance(s, Literal) else self.take(manifest, s) for s in file.segments)
+        take = self._parent(manifest).take
+        segments = tuple(s if isinstance(s, Literal) else take(s) for s in file.segments)
         self._files[file.path] = File(file.path, file.size, View.MODEL, segments)
 
     def add_bytes(self, path: str, data: bytes) -> None:
@@ -160,7 +166,8 @@ class ViewBuilder:
         weights = File(WEIGHTS, sum(s.size for s in segments), View.MODEL, tuple(segments))
         spans = tuple(Span(*key) for key in self._spans)
         whole = (s.span if isinstance(s, Extent) and s.size == spans[s.span].size else COMPUTED for s in data)
-        tensors = tuple(TensorInfo(*spec, span) for (spec, _), span in zip(self._tensors, whole, strict=True))
+        pairs = zip((spec for spec, _ in self._tensors), whole, strict=True)
+        tensors = tuple(TensorInfo(spec.name, spec.dtype, spec.shape, span) for spec, span in pairs)
         files = {**self._files, WEIGHTS: weights}
         return Manifest(
             name=name,

@@ -50,9 +50,9 @@ def fuzz_safetensors(data: bytes) -> None:
     theirs = official.read(data)
     assert theirs is not None, "the official library refuses it"
     assert {e.name: (e.dtype, e.shape) for e in header.entries} == {n: t[:2] for n, t in theirs.items()}
-    again = safetensors.build_header((e[:3] for e in header.entries), header.metadata)
+    again = safetensors.build_header(header.entries, header.metadata)
     parsed = safetensors.parse_header(again, len(again) + len(data) - header.size, "x.safetensors")
-    assert [e[:3] for e in parsed.entries] == [e[:3] for e in header.entries]
+    assert parsed.entries == header.entries
 
 
 def fuzz_gguf(data: bytes) -> None:

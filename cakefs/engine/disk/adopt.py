@@ -167,12 +167,8 @@ class Adopter:
             unfit = await self._read(jobs, final)
             if unfit:
                 raise unfit[0]
-            manifest = msgspec.structs.replace(
-                manifest,
-                sources=tuple(
-                    msgspec.structs.replace(s, identity=final.get(s.identity, s.identity)) for s in manifest.sources
-                ),
-            )
+            if final:
+                manifest = _renamed(manifest, final)
             await self._own(manifest, found.paths)
             update = update or (is_file(manifest.origin) and self._is_from(manifest))
             added = indexer.put(manifest, update=update)
@@ -368,6 +364,12 @@ class _Unfit(CorruptData):
     def __init__(self, skipped: Skipped) -> None:
         super().__init__(" ".join(skipped))
         self.skipped = skipped
+
+
+def _renamed(manifest: Manifest, final: Mapping[str, str]) -> Manifest:
+    """With the identities that were found out. Args: final: By the provisional ones."""
+    named = (msgspec.structs.replace(s, identity=final.get(s.identity, s.identity)) for s in manifest.sources)
+    return msgspec.structs.replace(manifest, sources=tuple(named))
 
 
 def _spans(manifest: Manifest, paths: Mapping[str, Path]) -> dict[int, list[SpanKey]]:

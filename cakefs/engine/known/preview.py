@@ -8,6 +8,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
+from msgspec import Struct
+
 from cakefs.engine.known import claims
 from cakefs.engine.known.survey import missing_chunks
 from cakefs.engine.models.smallfiles import small_files
@@ -29,7 +31,7 @@ class State(StrEnum):
     MISSING = "missing"
 
 
-class TensorPlan(NamedTuple):
+class TensorPlan(Struct, frozen=True, gc=False):
     """A tensor, or (`dtype` empty) a file without tensors.
 
     Attributes:
@@ -109,7 +111,7 @@ def seconds(size: int, rate: int) -> float | None:
     return size / rate if rate else 0.0 if not size else None
 
 
-class _Piece(NamedTuple):
+class _Piece(Struct, frozen=True, gc=False):
     """A span; `same_as` names a model that has its bytes."""
 
     size: int
@@ -148,39 +150,37 @@ def _owners(store: Store, manifest: Manifest, wanted: set[str]) -> dict[str, str
     for name, record in sorted(store.catalog.models.all().items()):
         if name == manifest.name:
             continue
-        sources = store.catalog.models.head(record.manifest).sources
-        stored = (digest for identity in {s.identity for s in sources} for digest in _stored(store, identity))
-        matches = {digest for digest in stored if digest in wanted and digest not in found}
-        if matches and not store.catalog.models.manifest(record.manifest).stack:
-            found |= dict.fromkeys(matches, name)
+        head = store.catalog.models.head(record.manifest)
+        if head.stack:
+            continue
+        for identity in {source.identity for source in head.sources}:
+            for digest in store.catalog.spans(identity).values():
+                if digest in wanted:
+                    found.setdefault(digest, name)
     return found
-
-
-def _stored(store: Store, identity: str) -> Iterable[str]:
-    return store.catalog.spans(identity).values()
 
 
 def _rows(manifest: Manifest, pieces: Mapping[int, _Piece]) -> Iterator[TensorPlan]:
     """The tensors that are made of these spans alone, then the files that the other spans belong to."""
-    rest = dict.fromkeys(pieces)
+    used: set[int] = set()
     (tensors,) = named_alike(shown_tensors(manifest))
     for name, tensor in tensors.items():
         spans = {e.span for e in leaves(tensor.data) if e.stop > e.start}
         if spans and spans <= pieces.keys():
             yield _row(name, tensor.dtype, tensor.shape, [pieces[span] for span in spans])
-            for span in spans:
-                rest.pop(span, None)
+            used |= spans
     files: dict[str, list[_Piece]] = {}
-    for span in rest:
-        files.setdefault(manifest.sources[manifest.spans[span].source].path, []).append(pieces[span])
+    for span, piece in pieces.items():
+        if span not in used:
+            files.setdefault(manifest.sources[manifest.spans[span].source].path, []).append(piece)
     for path, found in files.items():
         yield _row(path, "", (), found)
 
 
 def _row(name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[_Piece]) -> TensorPlan:
     if len(pieces) == 1:
-        size, local, state, same_as = pieces[0]
-        return TensorPlan(name, dtype, shape, size, state, local, same_as)
+        piece = pieces[0]
+        return TensorPlan(name, dtype, shape, piece.size, piece.state, piece.local_bytes, piece.same_as)
     size, local = sum(p.size for p in pieces), sum(p.local_bytes for p in pieces)
     states = {piece.state for piece in pieces}
     owners = ""
@@ -196,7 +196,8 @@ def _row(name: str, dtype: str, shape: tuple[int, ...], pieces: Sequence[_Piece]
 def _sums(pieces: Iterable[_Piece]) -> dict[State, int]:
     sums = dict.fromkeys((State.LOCAL, State.SHARED, State.CLAIMED, State.CACHED, State.MISSING), 0)
     local = missing = 0
-    for size, here, state, _ in pieces:
+    for piece in pieces:
+        size, here, state = piece.size, piece.local_bytes, piece.state
         if state is State.MISSING or state is State.PARTLY:
             local += here
             missing += size - here

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import msgspec
 from msgspec import Struct
 
-from cakefs.model import File, Literal, Manifest, SpanKey, leaves
+from cakefs.model import File, Literal, Manifest, SpanKey, all_leaves
 from cakefs.plan.derived import own_files
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.models import ModelRecord
@@ -143,25 +143,21 @@ class Shown:
     @classmethod
     def of(cls, manifest: Manifest, files: Iterable[File] | None = None) -> "Shown":
         """Args: files: Only these."""
-        sizes: dict[int, int] = {}
+        shown = [0] * len(manifest.spans)
         literal_bytes = size = 0
         for file in own_files(manifest).values() if files is None else files:
             size += file.size
-            for segment in file.segments:
-                if isinstance(segment, Literal):
-                    literal_bytes += segment.size
-                    continue
-                for extent in leaves(segment):
-                    if extent.size:  # An empty tensor is never stored.
-                        sizes[extent.span] = sizes.get(extent.span, 0) + extent.size
-        found: dict[str, dict[Bounds, int]] = {}
-        for index, shown in sizes.items():
-            span = manifest.spans[index]
-            of_source = found.setdefault(manifest.sources[span.source].identity, {})
-            bounds = span.start, span.stop
-            of_source[bounds] = of_source.get(bounds, 0) + shown  # Files with equal bytes have equal identities.
+            literal_bytes += sum(s.size for s in file.segments if isinstance(s, Literal))
+            for extent in all_leaves(file.segments):
+                shown[extent.span] += extent.stop - extent.start
+        found: dict[str, dict[Bounds, int]] = {source.identity: {} for source in manifest.sources}
+        of = [found[source.identity] for source in manifest.sources]  # Files with equal bytes have equal identities.
+        for span, count in zip(manifest.spans, shown, strict=True):
+            if count:  # An empty tensor is never stored.
+                bounds = span.start, span.stop
+                of[span.source][bounds] = of[span.source].get(bounds, 0) + count
         published = {source.identity for source in manifest.sources if source.sha256}
-        spans = {identity: Spans.of(one) for identity, one in found.items()}
+        spans = {identity: Spans.of(one) for identity, one in found.items() if one}
         return cls(size, literal_bytes, spans, published & spans.keys())
 
     def here(self, local: Local) -> Here:

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import msgspec
+
 from cakefs.formats.ggml import TYPE_IDS
 from cakefs.formats.ggufwrite import TensorSpec
 from cakefs.formats.safetensors import DTYPES
@@ -110,7 +112,7 @@ class _Mapper:
         if rows > self._tokens and self._arch.name == "gemma3" and isinstance(part.data, Extent):
             stop = part.data.start + part.data.size // rows * self._tokens
             data = Extent(part.data.span, part.data.start, stop)
-            return part._replace(shape=(self._tokens, *part.shape[1:]), data=data)
+            return msgspec.structs.replace(part, shape=(self._tokens, *part.shape[1:]), data=data)
         if rows != self._tokens:
             raise NoGguf(f"the embedding has {rows} rows, the vocabulary {self._tokens} tokens")
         return part
