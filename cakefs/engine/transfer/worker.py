@@ -41,6 +41,7 @@ from cakefs.engine.transfer.messages import (
     job_chunks,
 )
 from cakefs.engine.transfer.network import Network
+from cakefs.engine.transfer.pace import Stopwatch
 from cakefs.engine.transfer.quota import Quota
 from cakefs.engine.transfer.repeats import Repeats
 from cakefs.errors import CakeError, StoreFull
@@ -135,9 +136,10 @@ class Worker:
         nursery.start_soon(self._run, job)
 
     async def _run(self, job: FetchJob) -> None:
+        watch = Stopwatch(trio.current_time)
         try:
-            await self._fetch(job)
-            self._report(Done(job.id))
+            await self._fetch(job, watch)
+            self._report(Done(job.id, watch.waited, watch.received))
         except CakeError as error:
             self._report(failure(job.id, error))
         finally:
@@ -146,13 +148,13 @@ class Worker:
                 self._touched[job.identity] = Touched(job.locator.size, job.locator.url)
             self._work.set()
 
-    async def _fetch(self, job: FetchJob) -> None:
+    async def _fetch(self, job: FetchJob, watch: Stopwatch) -> None:
         chunks = job_chunks(job)
         buffer = self._buffers.pop() if self._buffers else page_aligned(CHUNK)
         try:
             for run in runs(self._absent(job, chunks, buffer)):
                 async with self._quota.admit(chunks[run.stop - 1].stop - chunks[run.start].start) as keep:
-                    await self._fetch_run(job, chunks, run, buffer, keep=keep)
+                    await self._fetch_run(job, chunks, run, buffer, watch, keep=keep)
         finally:
             self._buffers.append(buffer)
 
@@ -169,7 +171,7 @@ class Worker:
                     yield index
 
     async def _fetch_run(
-        self, job: FetchJob, chunks: list[JobChunk], run: range, buffer: memoryview, *, keep: bool
+        self, job: FetchJob, chunks: list[JobChunk], run: range, buffer: memoryview, watch: Stopwatch, *, keep: bool
     ) -> None:
         """Fetches chunks that follow each other, with one request. Args: keep: There is room for them in the store."""
         tiny: list[tuple[int, SpanKey, bytes]] = []
@@ -185,8 +187,9 @@ class Worker:
 
         wanted = chunks[run.start : run.stop]
         try:
-            sink = Assembler(wanted, on_chunk, buffer).feed
+            sink = watch.begin(Assembler(wanted, on_chunk, buffer).feed)
             await self._remote.fetch(job.locator, ByteRange(wanted[0].start, wanted[-1].stop), sink)
+            watch.end()
         finally:
             self._keep_tiny(job.id, tiny)
 
