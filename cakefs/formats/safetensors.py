@@ -187,7 +187,8 @@ class _Parser:
             begin = self._at
             name = decode_string(self._take(_NAME, "name and colon")[1])
             if name != _METADATA:
-                if not self.tensors and (plain := _plain_tensors(b"{" + self._data[begin : self._stop])):
+                rest = memoryview(self._data)[begin : self._stop]
+                if not self.tensors and (plain := _plain_tensors(b"".join((b"{", rest)))):
                     self.tensors = {name: self._entry(name, found) for name, found in plain.items()}
                     return
                 more = self._tensor(name)

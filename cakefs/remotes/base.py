@@ -24,9 +24,9 @@ class Remote(Protocol):
 
 async def read(remote: Remote, locator: Locator, span: ByteRange) -> bytes:
     """The bytes of a span that fits in memory."""
-    data = bytearray()
-    await remote.fetch(locator, span, data.extend)
-    return bytes(data)
+    pieces: list[bytes] = []
+    await remote.fetch(locator, span, pieces.append)
+    return b"".join(pieces)
 
 
 def make_listing(origin: str, revision: str, requested: str, files: Iterable[Published]) -> Listing:
