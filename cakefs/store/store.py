@@ -20,7 +20,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from functools import partial as bind
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,13 +29,13 @@ from cakefs.store import backup, upkeep
 from cakefs.store import lease as leases
 from cakefs.store.blobs import Blobs, Candidate, inspect
 from cakefs.store.catalog import BlobRecord, Catalog
-from cakefs.store.content import Content, FileContent, InlineContent, Outcome
+from cakefs.store.content import Content
 from cakefs.store.environment import MAP_SIZE
-from cakefs.store.files import Descriptor, locked, locked_place, read_full, scratch, translated
-from cakefs.store.foreign import BorrowedContent, open_place, report_gone
+from cakefs.store.files import Descriptor, locked, locked_place, translated
 from cakefs.store.hashes import CHUNK_SHIFT, DigestHasher, chunk_count, chunk_size, chunk_sum
 from cakefs.store.layout import open_layout, sweep_layout
-from cakefs.store.partial import Partial, data_path, evict_partial, local_size, open_partial, partial_name
+from cakefs.store.lookup import Lookup
+from cakefs.store.partial import Partial, data_path, evict_partial, local_size, partial_name
 from cakefs.store.use import last_use, touch
 
 # Partials sealed in one transaction; each has two descriptors open, so this stays below the usual limit of 1024.
@@ -61,6 +60,7 @@ class Store:
         self.partial_path = path / "partial"
         self.run_path = path / "run"
         self.blobs = Blobs(path / "blobs", path / "names.lock", path / "quarantine", catalog)
+        self._lookup = Lookup(catalog, self.blobs, self.partial_path)
 
     @classmethod
     def open(cls, path: Path, *, create: bool = True, map_size: int = MAP_SIZE) -> "Store":
@@ -91,22 +91,12 @@ class Store:
         A blob whose file is gone or of the wrong size is forgotten.
         """
         with translated(f"open {key} in {self.path}"):
-            while True:
-                record = self.catalog.find(key)
-                if record is not None:
-                    if (content := self._blob_content(key, record)) is not None:
-                        return content
-                    self._forget(record)
-                partial = self._partial_content(key)
-                # Sealed between the two looks: then there is a record now.
-                if partial is not None or self._record(key) is None:
-                    return partial
+            return self._lookup.content(key)
 
     def blob(self, digest: Digest) -> Content | None:
         """The bytes of a blob, whichever spans have them; None when it is gone."""
         with translated(f"open blob {digest} in {self.path}"):
-            record = self.catalog.blob(digest)
-            return None if record is None else self._blob_content(SpanKey(digest, 0, record.size), record)
+            return self._lookup.blob(digest)
 
     def has(self, key: SpanKey) -> bool:
         """True when the span is sealed."""
@@ -124,7 +114,7 @@ class Store:
     def literal(self, digest: Digest) -> bytes:
         """Raises CorruptData when the bytes are gone or no longer match."""
         record = self.catalog.blob(digest)
-        data = b"" if record is None else self._whole(record)
+        data = b"" if record is None else self._lookup.whole(record)
         hasher = DigestHasher()
         hasher.update(data)
         if not data or hasher.digest() != digest.partition("-")[0]:
@@ -151,13 +141,13 @@ class Store:
             raise ValueError(f"{len(data)} bytes for chunk {chunk} of {key!r}")
         with translated(f"write to {self.path}"):
             while True:
-                record = self._record(key)
+                record = self._lookup.record(key)
                 if record is not None:
                     self._repair(key, record, chunk, data)
                     return False
                 with self._lock(key) as partial:
                     # Whoever seals keeps the lock until the record is there.
-                    if self._record(key) is None:
+                    if self._lookup.record(key) is None:
                         return partial.write(chunk, data)
                     partial.discard()
 
@@ -185,7 +175,7 @@ class Store:
             for key, data in spans:
                 if len(data) != key.size or not data:
                     raise ValueError(f"{len(data)} bytes for {key!r}")
-                if self._record(key) is not None:
+                if self._lookup.record(key) is not None:
                     continue
                 if len(data) <= INLINE_LIMIT:
                     small[key] = Candidate.of_bytes(key, bytes(data))
@@ -335,49 +325,6 @@ class Store:
         """Where the bytes of a blob, or of a partial, lie."""
         return data_path(self.partial_path, item) if isinstance(item, SpanKey) else self.blobs.path(item)
 
-    def _record(self, key: SpanKey) -> BlobRecord | None:
-        """The record of the span's blob, if that can be used; else the blob is forgotten."""
-        record = self.catalog.find(key)
-        if record is None or self.blobs.usable(record):
-            return record
-        self._forget(record)
-        return None
-
-    def _forget(self, record: BlobRecord) -> None:
-        if record.places:
-            report_gone(*(place.stamp for place in record.places))
-        else:
-            _log.warning("blob %s is gone or damaged as a whole: it will be fetched again", record.digest)
-        if not self.catalog.readonly:
-            try:
-                self.blobs.forget(record)
-            except (CakeError, OSError) as error:  # a full disk must not fail a read
-                _log.warning("%s", error)
-
-    def _blob_content(self, key: SpanKey, record: BlobRecord) -> Content | None:
-        if record.inline is not None:
-            return InlineContent(record.inline) if self.blobs.usable(record) else None
-        sums = memoryview(record.sums).cast("Q")
-        if record.places:
-            lent = open_place(record.places)
-            return None if lent is None else BorrowedContent(lent, record.size, sums, bind(_report, key), report_gone)
-        file = self.blobs.open(record)
-        return None if file is None else FileContent(file, record.size, sums, bind(_report, key))
-
-    def _partial_content(self, key: SpanKey) -> Content | None:
-        found = open_partial(self.partial_path, key)
-        return None if found is None else FileContent(found.data, key.size, found.sums, bind(_report, key))
-
-    def _whole(self, record: BlobRecord) -> bytes:
-        """All bytes of a blob; fewer when the disk has fewer."""
-        if record.inline is not None:
-            return record.inline
-        file = self.blobs.open(record)
-        if file is None:
-            return b""
-        data = bytearray(record.size)
-        return bytes(data[: read_full(file.fd, memoryview(data), 0)])
-
     def _lock(self, key: SpanKey) -> Partial:
         partial = Partial.lock(self.partial_path, key, create=True)
         assert partial is not None
@@ -397,7 +344,7 @@ class Store:
                 partial = Partial.lock(self.partial_path, key, create=False)
                 if partial is not None:
                     locks.enter_context(partial)
-                record, ready = self._record(key), partial is not None and partial.complete
+                record, ready = self._lookup.record(key), partial is not None and partial.complete
                 if record is not None and not (record.places and ready):
                     sealed.append(key)
                     if partial is not None:
@@ -416,22 +363,10 @@ class Store:
         if record.inline is not None:
             return  # checked as a whole by _record
         if chunk_sum(data) != memoryview(record.sums).cast("Q")[chunk]:
-            if self._is_good(key, record, chunk):
+            if self._lookup.is_good(key, record, chunk):
                 return  # Two processes were sent different bytes: which ones are wrong, the file's hash tells.
             raise CorruptData(f"chunk {chunk} of {key} is not what {record.digest} has", hint="cakefs verify --repair")
         (self.blobs.refuse if record.places else self.blobs.rewrite)(record, chunk, data)
-
-    def _is_good(self, key: SpanKey, record: BlobRecord, chunk: int) -> bool:
-        """Whether a chunk of a blob has the bytes that were sealed."""
-        content, at = self._blob_content(key, record), chunk << CHUNK_SHIFT
-        size = chunk_size(record.size, chunk)
-        return content is not None and content.read_into(scratch(size), at, wait=True) is Outcome.DONE
-
-
-def _report(key: SpanKey, chunk: int) -> None:
-    start = key.start + (chunk << CHUNK_SHIFT)
-    damaged = SpanKey(key.identity, start, min(key.stop, start + CHUNK))
-    _log.warning("%s do not match their recorded sum: to be fetched again", damaged)
 
 
 def _literal_key(data: bytes) -> SpanKey:
