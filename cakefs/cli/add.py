@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from cakefs.cli.import_command import import_what, late_bar, say_skipped
+from cakefs.cli.import_command import added_as_json, import_what, late_bar, say_skipped
 from cakefs.cli.options import add_json_option, config_of, with_app
 from cakefs.cli.out import Out, human_size
 from cakefs.cli.substitute import add_substitute_options, run_substitute, wants_substitute
@@ -84,13 +84,7 @@ def _add_path(args: argparse.Namespace, out: Out) -> "Added":
 
 
 def _as_json(added: "Added") -> dict[str, object]:
-    return {
-        "name": added.manifest.name,
-        "origin": added.manifest.origin,
-        "revision": added.manifest.revision,
-        "changed": added.changed,
-        "size": added.total,
-        "local_bytes": added.local,
+    return added_as_json(added) | {
         "missing_bytes": added.total - added.local,
         "fetched_bytes": added.fetched,
         "warnings": list(added.warnings),

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from cakefs.app import App
     from cakefs.engine.disk.found import Skipped
     from cakefs.engine.disk.importing import Imported
+    from cakefs.engine.index import Added
 
 HELP = "show what is on this machine already: the Hub cache, Ollama's models, a directory"
 EPILOG = """\
@@ -99,19 +100,21 @@ def say_skipped(skipped: "list[Skipped]", out: Out) -> None:
         out.note(f"skipped {one.what}: {one.why}")
 
 
+def added_as_json(added: "Added") -> dict[str, object]:
+    """What `add` and `import` say of a model."""
+    return {
+        "name": added.manifest.name,
+        "origin": added.manifest.origin,
+        "revision": added.manifest.revision,
+        "changed": added.changed,
+        "size": added.total,
+        "local_bytes": added.local,
+    }
+
+
 def _as_json(done: "Imported") -> dict[str, object]:
     return {
-        "models": [
-            {
-                "name": added.manifest.name,
-                "origin": added.manifest.origin,
-                "revision": added.manifest.revision,
-                "changed": added.changed,
-                "size": added.total,
-                "local_bytes": added.local,
-            }
-            for added in done.models
-        ],
+        "models": [added_as_json(added) for added in done.models],
         "skipped": [one._asdict() for one in done.skipped],
         "borrowed_bytes": done.borrowed_bytes,
         "stored_bytes": done.stored_bytes,

@@ -35,7 +35,7 @@ class Added(NamedTuple):
     Attributes:
         changed: False when the name stood for the very same manifest before.
         fetched: Bytes that came over the network for it.
-        total: Bytes of the model directory's files; `local` of them are in the store, `shared` by other models' doing.
+        total: Bytes of the model directory's files; `local` of them are in the store.
         warnings: What of the repository is shown otherwise than the user may expect, and why.
     """
 
