@@ -25,7 +25,7 @@ from cakefs.plan.ggufview.rope import factor_tensors
 from cakefs.plan.ggufview.settings import Settings, find_arch, settings_of
 from cakefs.plan.ggufview.sidefiles import SideFiles
 from cakefs.plan.ggufview.tensors import FILE_TYPES, Tensor, file_type, map_tensors
-from cakefs.plan.ggufview.vocabulary import Vocabulary, read_vocabulary, wanted_files
+from cakefs.plan.ggufview.vocabulary import Vocabulary, check_tokenizer, read_vocabulary, wanted_files
 from cakefs.plan.view import CONFIG, WEIGHTS, PutLiteral, ReadSmall, parts_of
 
 TOKENIZER_LIMIT = 64 * 1024 * 1024  # Bytes of a tokenizer file; the largest of today have 33 million.
@@ -77,6 +77,7 @@ def _build(manifest: Manifest, files: SideFiles, put_literal: Callable[[bytes], 
     settings = settings_of(config, arch)
     if manifest.substituted:
         raise NoGguf(f"its safetensors are not what was published: {manifest.substituted}")
+    check_tokenizer(files, arch)
     parts = parts_of(manifest)
     matrix = file_type(parts)
     settings["file_type"] = FILE_TYPES[matrix]

@@ -74,6 +74,12 @@ def wanted_files(arch: Arch, paths: Sequence[str]) -> list[str]:
     return [path for path in by_kind[arch.vocabulary] if path in paths]
 
 
+def check_tokenizer(files: SideFiles, arch: Arch) -> None:
+    """To be asked first, as it costs nothing. Raises NoGguf where no file has a vocabulary."""
+    if not any(path in files for path in (SENTENCEPIECE, BPE)):
+        _takes_sentencepiece(files, arch, files.json(SETTINGS) or {})  # says which is looked for
+
+
 def _takes_sentencepiece(files: SideFiles, arch: Arch, settings: Mapping[str, Any]) -> bool:
     wanted = arch.vocabulary
     if wanted is Wanted.PHI3:
