@@ -19,6 +19,7 @@ from cakefs.engine.serve.demand import Demand
 from cakefs.engine.serve.library import Library
 from cakefs.engine.tasks import open_flat_nursery
 from cakefs.engine.transfer.messages import Settings, tokens_for
+from cakefs.errors import CakeError, UserError
 from cakefs.model import Manifest
 from cakefs.plan.wish import Wish
 from cakefs.store.store import Store
@@ -90,7 +91,7 @@ class App:
             await trio.sleep(TOKEN_S)
             try:
                 self._token = hub_token()
-            except OSError as error:  # such as no descriptor left: what is served goes on
+            except CakeError as error:  # such as no descriptor left: what is served goes on
                 log.warning("cannot look for a token: %s", error)
                 continue
             self.fetcher.use_tokens(self._tokens())
@@ -158,6 +159,7 @@ async def open_app(config: Config, *, serving: bool = False) -> AsyncIterator[Ap
             config.connections,
             limit,
             0.0 if serving else time.time(),
+            max(logging.WARNING, logging.getLogger().getEffectiveLevel()),
         )
         fetcher = Fetcher(settings, config.workers, offline=config.offline)
         pool = ContentPool(store, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FD_RESERVE)
@@ -174,10 +176,18 @@ async def open_app(config: Config, *, serving: bool = False) -> AsyncIterator[Ap
 
 
 def hub_token() -> str | None:
-    """HF_TOKEN, or the token file of `hf auth login`: as huggingface_hub finds it (0.3 s of imports)."""
-    from huggingface_hub import get_token
+    """HF_TOKEN, or the token file of `hf auth login`: as huggingface_hub finds it (0.3 s of imports).
 
-    return get_token()
+    Raises UserError for a file that cannot be read.
+    """
+    from huggingface_hub import constants, get_token
+
+    try:
+        return get_token()
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text"
+        hint = "hf auth login writes it anew; or set HF_TOKEN, or HF_HOME"
+        raise UserError(f"cannot read the token file {constants.HF_TOKEN_PATH}: {reason}", hint=hint) from error
 
 
 def raise_fd_limit() -> None:

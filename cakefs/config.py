@@ -112,7 +112,7 @@ def _from_file(environ: Mapping[str, str]) -> dict[str, Any]:
         text = path.read_text()
         import tomllib  # only for those who have such a file
 
-        return tomllib.loads(text)
+        values = tomllib.loads(text)
     except FileNotFoundError:
         if named:
             raise UserError(f"no such config file: {path}", hint="CAKEFS_CONFIG names it") from None
@@ -120,6 +120,13 @@ def _from_file(environ: Mapping[str, str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: no UTF-8, or no TOML
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"cannot read config file {path}: {reason}") from error
+    for name in sorted(values.keys() - {*Config.__struct_fields__}):
+        from difflib import get_close_matches
+
+        near = get_close_matches(name, Config.__struct_fields__, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(sorted(Config.__struct_fields__))}"
+        raise UserError(f"config file {path}: no setting {name!r}", hint=hint)
+    return values
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:

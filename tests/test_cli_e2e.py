@@ -23,6 +23,7 @@ from cakefs.cli import background
 from cakefs.cli.live import read_status
 from cakefs.cli.main import main
 from cakefs.fs.place import FUSE_DEVICE, cakefs_at, clear_dead
+from cakefs.store.store import Store
 from tests.disks import small_disk
 from tests.hub import Hub
 from tests.models import CONFIG, llama, sharded, single, tensor
@@ -401,6 +402,63 @@ def test_verify_finds_and_repairs_damage_on_disk(cli: Cli, hub: Hub) -> None:
     assert {name: done["fetched_bytes"] for name, done in repaired.items()} == {"org/name": 2_000_000, "org/other": 0}
     assert all(model["verified"] for model in cli.json("ls"))
     assert cli.json("verify")["org/name"]["bad"] == []
+
+
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: os.truncate(path, 1000)], ids=["gone", "cut"])
+def test_verify_says_of_a_lost_blob_until_it_is_repaired(cli: Cli, hub: Hub, lose: Callable[[Path], object]) -> None:
+    hub.add_repo("org/name", {"model.safetensors": big()})
+    cli.call("add", "org/name")
+    cli.call("pull", "org/name")
+    lose(max(cli.blob_files(), key=lambda path: path.stat().st_size))
+    for _ in range(2):
+        assert "cakefs verify org/name --repair" in cli.call("verify", code=20).stderr
+    assert cli.json("verify", "--repair")["org/name"]["fetched_bytes"] == 2_000_000
+    assert cli.json("ls")[0]["verified"]
+
+
+def test_verify_counts_no_hash_of_a_directory_as_published(cli: Cli) -> None:
+    (cli.place / "mine").mkdir()
+    (cli.place / "mine" / "model.safetensors").write_bytes(big())
+    cli.call("add", cli.place / "mine")
+    assert cli.json("verify")["mine"]["confirmed"] == 0
+    assert "no published hash to confirm" in cli.call("verify").stdout
+
+
+def test_a_directory_that_is_no_store_is_refused_by_those_who_only_look(cli: Cli) -> None:
+    cli.store.mkdir()
+    (cli.store / "mine.txt").write_text("mine")
+    for command in ("ls", "status", "verify", "add x/y"):
+        said = cli.call(*command.split(), code=2).stderr
+        assert f"{cli.store} is not empty and not a cakefs store" in said or command == "verify"
+    found = {check["name"]: check for check in cli.json("doctor", code=1)}["store"]
+    assert found["ok"] is False and "not a cakefs store" in found["detail"] and "chmod" not in found["fix"]
+
+
+def test_a_token_file_that_cannot_be_read_is_named(
+    cli: Cli, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    token = tmp_path / "token"
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(token))
+    token.write_bytes(b"\xff\xfeA")
+    assert f"error: cannot read the token file {token}: it is no text" in cli.call("add", "org/x", code=2).stderr
+    token.unlink()
+    token.mkdir()
+    assert f"cannot read the token file {token}: Is a directory" in cli.call("add", "org/x", code=2).stderr
+    assert {check["name"]: check["ok"] for check in cli.json("doctor", code=1)}["token"] is False
+
+
+def test_status_tells_the_limit(cli: Cli) -> None:
+    with Store.open(cli.store) as store:
+        store.catalog.numbers.set_limit(50_000_000)
+    assert cli.json("status")["store"]["limit"] == 50_000_000
+    assert f"store  {cli.store}; limit 50.0 MB" in cli.call("status").stdout
+
+
+def test_quiet_means_errors_only(cli: Cli, hub: Hub) -> None:
+    hub.add_repo("org/name", {"model.safetensors": big()})
+    cli.call("add", "org/name")
+    hub.fault("short", "org/name/model.safetensors", after=5000)
+    assert cli.run("-q", "pull", "org/name").stderr == ""
 
 
 def test_a_file_that_a_repair_leaves_wrong_is_fetched_whole(cli: Cli, hub: Hub) -> None:

@@ -53,6 +53,14 @@ def test_a_bad_setting_is_named(tmp_path: Path, text: str | bytes, says: str) ->
     assert "\n" not in raised.value.message
 
 
+def test_an_unknown_setting_names_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("offlin = true\n")
+    with pytest.raises(UserError, match=f"config file {path}: no setting 'offlin'") as raised:
+        load_config({}, {"CAKEFS_CONFIG": str(path)})
+    assert raised.value.hint == "did you mean offline?"
+
+
 def test_a_config_file_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"cannot read config file {tmp_path}: Is a directory"):
         load_config({}, {"CAKEFS_CONFIG": str(tmp_path)})

@@ -1,6 +1,7 @@
 """`cakefs doctor`: every check on a machine that is as it should be, and on one that is not."""
 
 import os
+import shutil
 import socket
 import subprocess
 import threading
@@ -56,7 +57,7 @@ def named(checks: Iterator[Check], name: str) -> Check:
 
 def test_healthy_machine_has_nothing_to_fix(root: Path, store: Path) -> None:
     config = Config(store=store, mountpoint=root / "models", offline=True)
-    checks = list(diagnose(config, has_token=True, root=root))
+    checks = list(diagnose(config, token=check_token(True), root=root))
     assert {"/dev/fuse", "kernel", "open files", "store", "libraries", "token", "hub"} <= {c.name for c in checks}
     assert all(c.fix for c in checks if c.ok is False)
     assert not [c for c in checks if c.ok is False and c.name not in ("fusermount3", "open files", "store space")]
@@ -167,6 +168,17 @@ def test_readahead_of_a_live_mount(root: Path, tmp_path: Path) -> None:
     assert "4096 KiB" in check.detail
 
 
+def test_a_mount_whose_store_is_gone(root: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    list_mount(root, tmp_path, readahead="4096")
+    (store / "format").touch()
+    monkeypatch.setattr("cakefs.cli.checks.mounts.read_status", lambda point: {"store": str(store)})
+    (check,) = check_mounts(root)
+    assert check.ok is True
+    shutil.rmtree(store)
+    (check,) = check_mounts(root)
+    assert check.ok is False and f"its store {store} is gone" in check.detail and "umount" in check.fix
+
+
 def test_mounts_of_others_are_not_asked(root: Path, tmp_path: Path) -> None:
     list_mount(root, tmp_path, kind="fuse.sshfs")
     assert list(check_mounts(root)) == []
@@ -217,6 +229,14 @@ def test_store_is_made_on_first_use(root: Path, tmp_path: Path) -> None:
     assert check.ok is True
     assert "first use" in check.detail
     assert not (tmp_path / "a").exists()
+
+
+def test_a_directory_of_other_things_is_no_store(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").touch()
+    tmp_path.chmod(0o755)
+    check = named(check_store(tmp_path, root), "store")
+    assert check.ok is False
+    assert "not a cakefs store" in check.detail and "chmod" not in check.fix
 
 
 def test_store_open_to_others(root: Path, store: Path) -> None:

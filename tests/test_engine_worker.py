@@ -2,15 +2,17 @@
 
 import hashlib
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
 import trio
 
 from cakefs.engine.models.sources import UrlSource, default_name
-from cakefs.engine.transfer.messages import Arrived, Confirmed, Done, FetchJob, Idle, Report, Settings
+from cakefs.engine.transfer.messages import Arrived, Confirmed, Done, FetchJob, Idle, Report, Settings, frame
 from cakefs.engine.transfer.network import Network
 from cakefs.engine.transfer.worker import Worker
+from cakefs.execute import child_environment, python_command
 from cakefs.model import CHUNK, ByteRange, Locator, SpanKey
 from cakefs.remotes.base import Sink, read
 from cakefs.store.store import Store
@@ -94,6 +96,13 @@ def test_a_chunk_that_rotted_is_fetched_again(tmp_path: Path) -> None:
 )
 def test_a_url_is_shown_under_the_last_two_of_host_directories_and_file(url: str, name: str) -> None:
     assert default_name(UrlSource(url)) == name
+
+
+def test_a_store_that_is_gone_ends_it_with_a_line(tmp_path: Path) -> None:
+    settings = frame(Settings(str(tmp_path / "gone"), {}, 30.0, 2))
+    command = python_command("cakefs.engine.transfer.worker")
+    done = subprocess.run(command, input=settings, capture_output=True, env=child_environment(), timeout=60)
+    assert done.stderr.decode() == f"ERROR no store at {tmp_path}/gone\n"
 
 
 @pytest.mark.parametrize("turn", range(8))  # trio runs tasks in an order by chance

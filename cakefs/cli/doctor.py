@@ -7,18 +7,18 @@ from pathlib import Path
 from cakefs.cli.checks.check import Check
 from cakefs.cli.checks.machine import check_allow_other, check_device, check_fusermount, check_kernel, check_open_files
 from cakefs.cli.checks.mounts import check_mounts
-from cakefs.cli.checks.outside import check_hub, check_libraries, check_token
+from cakefs.cli.checks.outside import check_hub, check_libraries
 from cakefs.cli.checks.store import check_store
 from cakefs.config import Config
 
 __all__ = ["Check", "diagnose"]
 
 
-def diagnose(config: Config, *, has_token: bool, root: Path = Path("/")) -> Iterator[Check]:
+def diagnose(config: Config, *, token: Check, root: Path = Path("/")) -> Iterator[Check]:
     """Yields each check as soon as it is known, the Hub last. Takes some seconds at most.
 
     Args:
-        has_token: Whether a token of the Hub was found; the token itself is not wanted here.
+        token: As `check_token` has it; the token itself is not wanted here.
         root: Below which /dev, /etc, /proc and /sys are looked up.
     """
     yield check_device(root)
@@ -29,5 +29,5 @@ def diagnose(config: Config, *, has_token: bool, root: Path = Path("/")) -> Iter
     yield check_open_files(resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     yield from check_store(config.store, root)
     yield check_libraries()
-    yield check_token(has_token)
+    yield token
     yield check_hub(config.endpoint, config.offline)

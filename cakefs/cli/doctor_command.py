@@ -1,9 +1,14 @@
 """`cakefs doctor`: the checks of `doctor.diagnose`, written as they come."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from cakefs.cli.options import add_json_option, config_of
 from cakefs.cli.out import Out
+from cakefs.errors import UserError
+
+if TYPE_CHECKING:
+    from cakefs.cli.checks.check import Check
 
 HELP = "check what a working mount needs, and name each fix"
 WORDS = {True: "ok", False: "FAILED", None: "note"}
@@ -21,7 +26,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
 
     config = config_of(args)
     checks = []
-    for check in diagnose(config, has_token=_has_token()):
+    for check in diagnose(config, token=_token()):
         checks.append(check)
         if args.json:
             continue
@@ -36,11 +41,16 @@ def run(args: argparse.Namespace, out: Out) -> int:
     return int(any(check.ok is False for check in checks))
 
 
-def _has_token() -> bool:
-    """False also where the libraries are broken, which a check of its own says."""
+def _token() -> "Check":
+    """None is found also where the libraries are broken, which a check of its own says."""
+    from cakefs.cli.checks.check import Check
+    from cakefs.cli.checks.outside import check_token
+
     try:
         from cakefs.app import hub_token
 
-        return hub_token() is not None
+        return check_token(hub_token() is not None)
     except ImportError:
-        return False
+        return check_token(False)
+    except UserError as error:
+        return Check("token", False, error.message, error.hint)

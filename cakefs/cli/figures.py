@@ -25,8 +25,9 @@ def lines_of(status: dict[str, Any]) -> list[str]:
     if store["borrowed_bytes"]:
         blobs += f" and {human_size(store['borrowed_bytes'])} borrowed"
     complete = sum(model["state"] in ("complete", "verified") for model in store["per_model"].values())
+    limit = f"; limit {human_size(store['limit'])}" if store["limit"] else ""
     lines = [
-        f"store  {store['path']}",
+        f"store  {store['path']}{limit}",
         f"       {counted(store['models'], 'model')}, {complete:,} of them complete",
         f"       {blobs}, {human_size(store['partial_bytes'])} unfinished; plain copies would take"
         f" {human_size(store['saved_bytes'])} more",

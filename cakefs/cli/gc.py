@@ -46,7 +46,7 @@ def _report(plan: "GcPlan", verb: str, out: Out) -> None:
     if plan.manifests:
         out.line(f"  {counted(len(plan.manifests), 'manifest')} of models that were removed or updated")
     if plan.held:
-        out.note(f"kept, as a mount still serves what was removed or updated: {', '.join(plan.held)}")
+        out.note(f"kept, as a mount or a pull still uses what was removed or updated: {', '.join(plan.held)}")
 
 
 def _as_json(plan: "GcPlan", dry_run: bool) -> dict[str, object]:

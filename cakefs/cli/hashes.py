@@ -72,6 +72,8 @@ async def _take(app: "App", place: str, name: str | None) -> "Imported":
     from cakefs.formats.hashes import HASHES_LIMIT
 
     is_url = place.startswith(("http://", "https://"))
+    data = b"" if is_url else hashes.read_hashes(Path(place))
     manifest = app.model(name) if name is not None else hashes.model_of(app.store, place)
-    data = await app.read_url(place, HASHES_LIMIT) if is_url else hashes.read_hashes(Path(place))
+    if is_url:
+        data = await app.read_url(place, HASHES_LIMIT)
     return hashes.import_claims(app.store, manifest, data, place)

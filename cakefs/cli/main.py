@@ -126,7 +126,8 @@ def _run(arguments: Sequence[str], out: Out, lines: LogLines) -> int:
     if surplus:
         raise UserError(f"unrecognized arguments: {' '.join(surplus)}", hint=f"cakefs {args.command} --help")
     out.quiet = args.quiet
-    logging.basicConfig(level=logging.DEBUG if args.debug else logging.WARNING, handlers=[lines])
+    level = logging.DEBUG if args.debug else logging.ERROR if args.quiet else logging.WARNING
+    logging.basicConfig(level=level, handlers=[lines])
     code: int = args.run(args, out)
     lines.settle()
     return code

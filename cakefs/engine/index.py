@@ -82,6 +82,8 @@ class Indexer:
         self._upstream, self._warnings = Upstream(self._store, self._remote), []
         files = {published.path: published for published in listing.files}
         checkpoints = wanted_checkpoints(files)
+        if not files:
+            self._warnings.append("there is no file in it")
         try:
             indexes = await self._indexes(files, checkpoints)
             headers = await self._headers(files, indexes, checkpoints)

@@ -207,7 +207,7 @@ def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool
             continue
         spans += 1
         try:
-            for piece in stream(store, key, buffer):
+            for piece in stream(store, key, buffer, forget=repair):
                 read += len(piece)
                 progress(len(piece))
         except CorruptData as error:
@@ -220,7 +220,7 @@ def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool
         if source.identity in damaged:
             continue  # What is wrong with it is known; the rest of it need not be dropped.
         ok = confirm_source(store, source.identity, source.locator.size, again=True)
-        confirmed += ok is True
+        confirmed += ok is True and (bool(source.sha256) or source.identity.startswith("git:"))
         incomplete += ok is None and bool(source.sha256)
         if ok is False:
             bad.append(f"{source.path}: does not have the published SHA-256; it will be fetched again")

@@ -66,13 +66,16 @@ class ContentPool:
         self._open.clear()
 
 
-def stream(store: Store, key: SpanKey, buffer: memoryview) -> Iterator[memoryview]:
+def stream(store: Store, key: SpanKey, buffer: memoryview, *, forget: bool = True) -> Iterator[memoryview]:
     """The bytes of a complete span through `buffer`, each chunk checked on the way.
+
+    Args:
+        forget: As `Store.content`.
 
     Raises:
         CorruptData: A chunk is missing or does not match its sum.
     """
-    content = store.content(key)
+    content = store.content(key, forget=forget)
     if content is None and key.size:
         raise CorruptData(f"{key} is not in the store")
     if content is not None:

@@ -15,7 +15,7 @@ class GcPlan(NamedTuple):
     spans: Catalog entries that no living manifest refers to.
     blobs: Digest -> bytes, of blobs that nothing alive refers to afterwards.
     partials: Span -> bytes on disk, of transfers that no living manifest wants.
-    held: Models that were removed or updated, and stay because a mount still serves them.
+    held: Models that were removed or updated, and stay because a process still uses them.
     set_aside: Bytes of blobs that were found wrong or damaged, and replaced.
     """
 

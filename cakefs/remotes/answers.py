@@ -37,7 +37,7 @@ def origin(url: str | httpx.URL) -> Origin:
     except (httpx.InvalidURL, UnicodeError) as error:  # UnicodeError: of a host's name
         raise InvalidFormat(f"not a URL: {one_line(str(error))}") from error
     if parsed.scheme not in _PORTS or not host:
-        raise InvalidFormat(f"not an http(s) URL: {shown(parsed)}")
+        raise InvalidFormat(f"not an http(s) URL: {parsed.scheme}{':' if parsed.scheme else ''}//{shown(parsed)}")
     port = _PORTS[parsed.scheme] if port is None else port
     if not 0 < port < 1 << 16:  # the system would take the rest of it
         raise InvalidFormat(f"not a URL: no port can be {port}")

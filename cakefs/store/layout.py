@@ -57,11 +57,24 @@ def _check_format(path: Path, text: bytes) -> None:
         )
 
 
+def check_vacant(path: Path) -> None:
+    """Raises UserError where something is that is no store, and could not become one."""
+    with translated(f"open store {path}"):
+        try:
+            names = os.listdir(path)
+        except FileNotFoundError:
+            return
+        except NotADirectoryError:
+            raise UserError(f"{path} is not a directory", hint="see CAKEFS_STORE") from None
+        # Others may be making the same store right now: their temporary files are not strange.
+        if "format" not in names and any(n not in _DIRECTORIES and not n.startswith(_NEW) for n in names):
+            hint = "name an empty directory in CAKEFS_STORE"
+            raise UserError(f"{path} is not empty and not a cakefs store", hint=hint)
+
+
 def _write_format(path: Path) -> None:
     make_directory(path, 0o700)
-    # Others may be making the same store right now: their temporary files are not strange.
-    if any(n not in ("format", *_DIRECTORIES) and not n.startswith(_NEW) for n in os.listdir(path)):
-        raise UserError(f"{path} is not empty and not a cakefs store", hint="name an empty directory in CAKEFS_STORE")
+    check_vacant(path)
     temporary = path / f"{_NEW}{secrets.token_hex(8)}"
     with open(temporary, "xb") as file:
         os.fchmod(file.fileno(), 0o600)

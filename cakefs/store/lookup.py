@@ -25,13 +25,15 @@ class Lookup:
         self._blobs = blobs
         self._partial_path = partial_path
 
-    def content(self, key: SpanKey) -> Content | None:
+    def content(self, key: SpanKey, *, forget: bool) -> Content | None:
         """As `Store.content`."""
         while True:
             record = self._catalog.find(key)
             if record is not None:
                 if (content := self._blob_content(key, record)) is not None:
                     return content
+                if not forget:
+                    return None
                 self._forget(record)
             partial = self._partial_content(key)
             # Sealed between the two looks: then there is a record now.

@@ -85,13 +85,14 @@ class Store:
 
     # Reading
 
-    def content(self, key: SpanKey) -> Content | None:
+    def content(self, key: SpanKey, *, forget: bool = True) -> Content | None:
         """The span's bytes as far as they are here; None when nothing is.
 
-        A blob whose file is gone or of the wrong size is forgotten.
+        Args:
+            forget: A blob whose file is gone or of the wrong size, so that its spans count as missing.
         """
         with translated(f"open {key} in {self.path}"):
-            return self._lookup.content(key)
+            return self._lookup.content(key, forget=forget)
 
     def blob(self, digest: Digest) -> Content | None:
         """The bytes of a blob, whichever spans have them; None when it is gone."""

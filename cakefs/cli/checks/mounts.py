@@ -13,6 +13,7 @@ from pathlib import Path
 from shlex import quote
 
 from cakefs.cli.checks.check import Check, mounts, text_of
+from cakefs.cli.live import read_status
 from cakefs.fs.place import KIND, Mount
 
 STAT_TIMEOUT_S = 2.0
@@ -38,6 +39,11 @@ def _check_mount(root: Path, mount: Mount, answer: int | None) -> Check:
         return Check(name, None, "of another user", "mount with --allow-other to share it")
     if answer:
         return Check(name, False, f"fails: {os.strerror(answer)}", clear)
+    said = read_status(mount.point)
+    store = said.get("store") if isinstance(said, dict) else None
+    if isinstance(store, str) and not os.path.exists(os.path.join(store, "format")):
+        fix = f"cakefs umount {quote(mount.point)}, then mount it again"
+        return Check(name, False, f"alive, but its store {store} is gone", fix)
     setting = f"sys/class/bdi/{mount.device}/read_ahead_kb"
     found = text_of(root / setting).strip()
     if found.isdecimal() and int(found) < READ_AHEAD_KIB:

@@ -11,6 +11,7 @@ from shlex import quote
 
 from cakefs.cli.checks.check import Check, mounts, text_of
 from cakefs.errors import CakeError
+from cakefs.store.layout import check_vacant
 
 MIN_FREE = 10**9
 FICLONE = 0x40049409
@@ -47,6 +48,10 @@ def _check_access(store: Path, place: Path) -> Check:
         return Check(name, False, f"{place} is not writable", f"chmod u+rwx {quoted}, or set CAKEFS_STORE")
     if place != store:
         return Check(name, True, f"{store}, made on first use")
+    try:
+        check_vacant(store)
+    except CakeError as error:
+        return Check(name, False, error.message, "set CAKEFS_STORE to an empty directory")
     if found.st_mode & 0o077:
         mode = stat.S_IMODE(found.st_mode)
         return Check(name, False, f"{store} is open to other users (mode {mode:04o})", f"chmod 700 {quoted}")

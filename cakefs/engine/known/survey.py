@@ -16,6 +16,7 @@ from cakefs.model import COMPUTED, File, Manifest, TensorInfo, View, leaves, wit
 from cakefs.plan.requests import ChunkRef, span_chunks
 from cakefs.plan.view import Bytes, parts_of, tensor_data
 from cakefs.store.borrowing import Borrowing
+from cakefs.store.layout import check_vacant
 from cakefs.store.models import ModelRecord
 from cakefs.store.store import Store
 
@@ -105,6 +106,7 @@ class TensorSummary(NamedTuple):
 class StoreSummary(NamedTuple):
     """Attributes:
     borrowed_bytes: In files of somebody else, and not counted in `blob_bytes`.
+    limit: Bytes that it may take; 0 for no limit.
     """
 
     models: int
@@ -112,6 +114,7 @@ class StoreSummary(NamedTuple):
     blob_bytes: int
     partial_bytes: int
     borrowed_bytes: int = 0
+    limit: int = 0
 
 
 def open_store(path: Path) -> Store:
@@ -131,7 +134,8 @@ def require_models(store: Store, names: Iterable[str]) -> None:
     for name in names:
         if name not in known:
             near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else "`cakefs ls` says what there is, `cakefs add` brings more"
+            brings = f"`cakefs add {name}` brings it" if "/" in name else "`cakefs add` brings more"
+            hint = f"did you mean {near[0]}? Else {brings}" if near else f"`cakefs ls` says what there is, {brings}"
             raise UserError(f"no model {name!r} here", hint=hint)
 
 
@@ -153,8 +157,8 @@ def summarize_store(path: Path) -> StoreSummary:
     with open_store(path) as store:
         usage = store.usage()
         borrowed = Borrowing(store).bytes()
-        models = len(store.catalog.models.all())
-        return StoreSummary(models, usage.blob_count, usage.blob_bytes, usage.partial_bytes, borrowed)
+        models, limit = len(store.catalog.models.all()), store.catalog.numbers.limit()
+        return StoreSummary(models, usage.blob_count, usage.blob_bytes, usage.partial_bytes, borrowed, limit)
 
 
 def summarize_models(path: Path) -> list[ModelSummary]:
@@ -271,4 +275,6 @@ class _Confirmations:
 
 
 def _exists(path: Path) -> bool:
+    """Raises UserError for a place where no store can be made."""
+    check_vacant(path)
     return (path / "format").exists()

@@ -77,7 +77,9 @@ def _plain(part: str) -> str:
 async def list_source(source: HubSource | UrlSource, config: Config, token: str | None, http: HttpRemote) -> Listing:
     """Raises NotFound, AccessDenied, RemoteUnavailable."""
     if config.offline:
-        raise RemoteUnavailable("cannot add a model offline", hint="unset HF_HUB_OFFLINE, or cakefs import")
+        raise RemoteUnavailable(
+            "cannot add a model offline", hint="leave out --offline and unset HF_HUB_OFFLINE, or cakefs import"
+        )
     if isinstance(source, UrlSource):
         return await web.list_url(source.url, http, hubs=(config.endpoint, *web.HUBS))
     return await hub.list_repo(source.repo, source.revision, endpoint=config.endpoint, token=token)

@@ -5,6 +5,7 @@ A `FetchJob` is one contiguous range of one upstream file, cut at chunk boundari
 derive the same list of chunks from it, so that an arrival is just an index.
 """
 
+import logging
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ class Settings(Struct, frozen=True, tag=True):
         limit: Bytes that the store may take; 0 for no limit.
         spared_since: What was used later (Unix seconds) is not evicted to keep that limit; 0 where only what is in use,
             pinned or fresh is spared.
+        level: From which on messages are written, as `logging` numbers them.
     """
 
     store: str
@@ -30,6 +32,7 @@ class Settings(Struct, frozen=True, tag=True):
     connections: int
     limit: int = 0
     spared_since: float = 0.0
+    level: int = logging.WARNING
 
 
 def tokens_for(endpoint: str, token: str | None) -> dict[str, str]:

@@ -302,6 +302,7 @@ async def _serve() -> None:
                 for body in unframer.feed(data):
                     request = decoder.decode(body)
                     if isinstance(request, Settings) and worker is None:
+                        logging.getLogger().setLevel(request.level)
                         store = Store.open(Path(request.store), create=False)
                         confine(store.path)
                         quota = Quota(store, request.limit, request.spared_since)
@@ -319,6 +320,9 @@ async def _serve() -> None:
             nursery.cancel_scope.cancel()
     except* trio.BrokenResourceError:
         pass  # The serving process is gone: nobody to report to.
+    except* CakeError as group:  # of the store as a whole, such as that it is gone
+        for error in group.exceptions:
+            log.error("%s", error)
     finally:
         await network.aclose()
     if worker is not None:
