@@ -11,7 +11,7 @@ from cakefs.cli.watch import watch
 if TYPE_CHECKING:
     from cakefs.config import Config
 
-HELP = "live mounts with their counters, and the size of the store"
+HELP = "live mounts with their counters, and the size and limit of the store"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
