@@ -30,8 +30,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     offline: Never ask the network; what is not local is an error.
     read_timeout_s: How long one read may wait for the network before it fails with ETIMEDOUT.
     workers: Transfer processes beside the serving process.
-    connections: Concurrent ranged requests of each of them; twice as many where answers are waited for much longer
-        than they take to come.
+    connections: Concurrent ranged requests of each of them.
     allow_other: Let other users see the mount (needs user_allow_other in /etc/fuse.conf unless root).
     on_demand: Add a model of the Hub when its name is looked up in the mount.
     metrics: Where a mount serves its counters for Prometheus: unix:/path or 127.0.0.1:PORT; empty for nowhere.

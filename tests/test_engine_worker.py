@@ -58,10 +58,10 @@ def test_chunks_that_another_process_brought_are_not_fetched_again(tmp_path: Pat
         asked, reports = fetched(store)
         assert asked == [(CHUNK, 3 * CHUNK), (4 * CHUNK, len(DATA))]
         assert sorted(r.index for r in reports if isinstance(r, Arrived)) == list(range(6))
-        assert isinstance(reports[-1], Done) and reports[-1].job == 7 and reports[-1].waited > 0
+        assert reports[-1] == Done(7)
         assert store.has(KEY)
         asked, reports = fetched(store)
-        assert asked == [] and reports[-1] == Done(7)  # nothing was waited for
+        assert asked == [] and reports[-1] == Done(7)
     finally:
         store.close()
 
@@ -130,7 +130,7 @@ def test_a_flush_right_behind_a_job_waits_for_it(tmp_path: Path, turn: int) -> N
 
     try:
         trio.run(main)
-        assert [type(r) for r in reports if not isinstance(r, Arrived | Confirmed)] == [Done, Idle]
+        assert [r for r in reports if not isinstance(r, Arrived | Confirmed)] == [Done(7), Idle()]
         assert store.has(KEY)
     finally:
         store.close()

@@ -26,7 +26,6 @@ from cakefs.engine.transfer.messages import (
     Settings,
     error_of,
 )
-from cakefs.engine.transfer.pace import Link
 from cakefs.engine.transfer.workers import WorkerProcess
 from cakefs.errors import CakeError, RemoteChanged, RemoteUnavailable
 from cakefs.model import CHUNK, MIB, Manifest, Source, SpanKey
@@ -58,7 +57,6 @@ class Fetcher:
         self._settings = settings
         self._offline = offline
         self._workers = [WorkerProcess(settings, self._on_report, self._on_death) for _ in range(workers)]
-        self._link = Link(settings.connections)
         self._flights: dict[int, Flight] = {}
         self._pending: dict[tuple[SpanKey, int], Pending] = {}
         self._queues: dict[Priority, deque[Flight]] = {priority: deque() for priority in Priority}
@@ -249,7 +247,7 @@ class Fetcher:
 
     def _best_for(self, job: FetchJob) -> WorkerProcess:
         """One that was sent to that file before, unless it is busy: another first has to ask where the bytes are."""
-        most = self._link.connections
+        most = self._settings.connections
         return min(
             self._workers,
             key=lambda w: (not w.alive, len(w.jobs) >= most, job.identity not in w.knows, len(w.jobs)),
@@ -259,7 +257,7 @@ class Fetcher:
         """Demand first. No file gets all connections, and one with a waiting reader gets its first beyond them if need
         be: files that stall do not block another."""
         running = Counter(job.identity for worker in self._workers for job in worker.jobs.values())
-        slots = self._link.connections * len(self._workers)
+        slots = self._settings.connections * len(self._workers)
         most, free = max(1, slots - DEMAND_RESERVE), slots - running.total()
         share = most if free > 0 else 1 if free > -SPARE_CONNECTIONS else 0
         for priority, queue in self._queues.items():
@@ -275,7 +273,6 @@ class Fetcher:
         if isinstance(report, Arrived):
             self._arrived(report)
         elif isinstance(report, Done):
-            self._link.note(report.waited, report.received)
             self._landed(worker, report.job, None)
         elif isinstance(report, Failed):
             self._landed(worker, report.job, error_of(report))

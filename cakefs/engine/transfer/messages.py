@@ -66,11 +66,7 @@ class Arrived(Struct, frozen=True, tag=True):
 
 
 class Done(Struct, frozen=True, tag=True):
-    """Attributes: waited, received: As `pace.Stopwatch` has it; both 0 where nothing was asked for."""
-
     job: int
-    waited: float = 0.0
-    received: float = 0.0
 
 
 class Failed(Struct, frozen=True, tag=True):

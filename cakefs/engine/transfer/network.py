@@ -3,7 +3,6 @@
 import trio
 
 from cakefs.engine.transfer.messages import SPARE_CONNECTIONS, Settings
-from cakefs.engine.transfer.pace import MORE
 from cakefs.model import ByteRange, Locator
 from cakefs.remotes.base import Remote, Sink
 from cakefs.remotes.files import Files
@@ -25,7 +24,7 @@ class Network:
         # So short that a second try fits in, and that the log tells what was waited for.
         connect_s, idle_s = min(CONNECT_S, budget_s / 3), min(IDLE_S, budget_s / 2)
         before, http = self._connections, HttpRemote(tokens=settings.tokens, connect_s=connect_s, idle_s=idle_s)
-        at_once = MORE * settings.connections + SPARE_CONNECTIONS
+        at_once = settings.connections + SPARE_CONNECTIONS
         self._connections = Connections(http, Retry(Limit(Log(http), at_once), budget_s=budget_s))
         if before is not None:
             await before.retire()

@@ -41,7 +41,6 @@ from cakefs.engine.transfer.messages import (
     job_chunks,
 )
 from cakefs.engine.transfer.network import Network
-from cakefs.engine.transfer.pace import Stopwatch
 from cakefs.engine.transfer.quota import Quota
 from cakefs.engine.transfer.repeats import Repeats
 from cakefs.errors import CakeError, StoreFull
@@ -136,10 +135,9 @@ class Worker:
         nursery.start_soon(self._run, job)
 
     async def _run(self, job: FetchJob) -> None:
-        watch = Stopwatch(trio.current_time)
         try:
-            await self._fetch(job, watch)
-            self._report(Done(job.id, watch.waited, watch.received))
+            await self._fetch(job)
+            self._report(Done(job.id))
         except CakeError as error:
             self._report(failure(job.id, error))
         finally:
@@ -148,13 +146,13 @@ class Worker:
                 self._touched[job.identity] = Touched(job.locator.size, job.locator.url)
             self._work.set()
 
-    async def _fetch(self, job: FetchJob, watch: Stopwatch) -> None:
+    async def _fetch(self, job: FetchJob) -> None:
         chunks = job_chunks(job)
         buffer = self._buffers.pop() if self._buffers else page_aligned(CHUNK)
         try:
             for run in runs(self._absent(job, chunks, buffer)):
                 async with self._quota.admit(chunks[run.stop - 1].stop - chunks[run.start].start) as keep:
-                    await self._fetch_run(job, chunks, run, buffer, watch, keep=keep)
+                    await self._fetch_run(job, chunks, run, buffer, keep=keep)
         finally:
             self._buffers.append(buffer)
 
@@ -171,7 +169,7 @@ class Worker:
                     yield index
 
     async def _fetch_run(
-        self, job: FetchJob, chunks: list[JobChunk], run: range, buffer: memoryview, watch: Stopwatch, *, keep: bool
+        self, job: FetchJob, chunks: list[JobChunk], run: range, buffer: memoryview, *, keep: bool
     ) -> None:
         """Fetches chunks that follow each other, with one request. Args: keep: There is room for them in the store."""
         tiny: list[tuple[int, SpanKey, bytes]] = []
@@ -187,9 +185,8 @@ class Worker:
 
         wanted = chunks[run.start : run.stop]
         try:
-            sink = watch.begin(Assembler(wanted, on_chunk, buffer).feed)
+            sink = Assembler(wanted, on_chunk, buffer).feed
             await self._remote.fetch(job.locator, ByteRange(wanted[0].start, wanted[-1].stop), sink)
-            watch.end()
         finally:
             self._keep_tiny(job.id, tiny)
 
