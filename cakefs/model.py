@@ -285,7 +285,7 @@ class Manifest(Struct, frozen=True, array_like=True):
 
 
 class ManifestHead(Struct, frozen=True, array_like=True):
-    """A `Manifest` of which only the small fields are decoded: where it came from."""
+    """A `Manifest` of which only the small fields are decoded: where it, and each layer of a view, came from."""
 
     name: str
     origin: str

@@ -258,7 +258,15 @@ def picture(
     models: dict[str, tuple[int, int]], grown: dict[str, float], height: int = 10, width: int = 80
 ) -> list[str]:
     per_model = {n: {"size": s, "local_bytes": b, "state": f"{100 * b // s} %"} for n, (b, s) in models.items()}
-    store = {"path": "/s", "models": 1, "blobs": 1, "blob_bytes": 1, "partial_bytes": 0, "borrowed_bytes": 0}
+    store = {
+        "path": "/s",
+        "models": 1,
+        "blobs": 1,
+        "blob_bytes": 1,
+        "partial_bytes": 0,
+        "borrowed_bytes": 0,
+        "limit": 0,
+    }
     status = {"store": {**store, "saved_bytes": 0, "per_model": per_model}, "mounts": []}
     return frame(status, grown, 100.0, width, height)
 

@@ -12,12 +12,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from cakefs.model import SpanKey
+from cakefs.plan.substitute import build_substituted
 from cakefs.store.distances import Distance
 from cakefs.store.store import Store
 from tests.hub import Hub
 from tests.inside import Inside
 from tests.models import CONFIG, llama, sharded, single
 from tests.mounts import Cakefs, needs_fuse
+from tests.shelf import Shelf
 
 NEAR, FAR, NAN = (f"model.layers.{i}.mlp.down_proj.weight" for i in range(3))
 BASE = llama(3, width=512)
@@ -100,6 +102,16 @@ def test_what_is_asked_for_wrongly(cli: Inside) -> None:
     assert {m["name"] for m in cli.told("ls")} == {"org/base", "org/tuned"}
     done = cli.told("add", "org/tuned", "--substitute", "org/base", "--max-diff", "100", "--update")
     assert done["substituted"].keys() == {NEAR, FAR}, "never one with a NaN that the other has not"
+
+
+def test_spans_are_counted_in_the_order_of_the_tensors() -> None:
+    """Counted otherwise, what an earlier cakefs made would not be known as the same."""
+    shelf, shapes = Shelf(), {f"model.layers.{i}.w": ("F32", (8,)) for i in range(4)}
+    own, donor = (shelf.model(f"org/{name}", shapes, None) for name in ("own", "donor"))
+    near = {"model.layers.1.w": 0.1, "model.layers.2.w": 0.1}
+    made = build_substituted(own, donor, near, 0.5, name="near", created=1, put_literal=shelf.put)
+    urls = [made.sources[span.source].locator.url for span in made.spans]
+    assert [url.split("/")[-2] for url in urls] == ["own", "donor", "donor", "own"]
 
 
 def test_a_refuted_file_takes_its_comparisons_along(tmp_path: Path) -> None:

@@ -62,8 +62,9 @@ def build_substituted(
     """
     parts, donors = parts_of(manifest), parts_of(other)
     builder = ViewBuilder(put_literal)
-    builder.add_parts(other, ((name, donors[name]) for name in parts if name in diffs))
-    builder.add_parts(manifest, ((name, part) for name, part in parts.items() if name not in diffs))
+    for tensor, part in parts.items():  # In this order spans are counted, by which a manifest is the same again.
+        source, chosen = (other, donors[tensor]) if tensor in diffs else (manifest, part)
+        builder.add_parts(source, [(tensor, chosen)])
     for path, file in own_files(manifest).items():
         if path != WEIGHTS:
             builder.add_file(manifest, file)

@@ -143,21 +143,22 @@ class Shown:
     @classmethod
     def of(cls, manifest: Manifest, files: Iterable[File] | None = None) -> "Shown":
         """Args: files: Only these."""
-        shown = [0] * len(manifest.spans)
+        shown: dict[int, int] = {}
         literal_bytes = size = 0
         for file in own_files(manifest).values() if files is None else files:
             size += file.size
             literal_bytes += sum(s.size for s in file.segments if isinstance(s, Literal))
             for extent in all_leaves(file.segments):
-                shown[extent.span] += extent.stop - extent.start
-        found: dict[str, dict[Bounds, int]] = {source.identity: {} for source in manifest.sources}
-        of = [found[source.identity] for source in manifest.sources]  # Files with equal bytes have equal identities.
-        for span, count in zip(manifest.spans, shown, strict=True):
-            if count:  # An empty tensor is never stored.
-                bounds = span.start, span.stop
-                of[span.source][bounds] = of[span.source].get(bounds, 0) + count
+                if extent.stop > extent.start:  # An empty tensor is never stored.
+                    shown[extent.span] = shown.get(extent.span, 0) + extent.stop - extent.start
+        found: dict[str, dict[Bounds, int]] = {}
+        for index, count in shown.items():
+            span = manifest.spans[index]
+            of_source = found.setdefault(manifest.sources[span.source].identity, {})
+            bounds = span.start, span.stop
+            of_source[bounds] = of_source.get(bounds, 0) + count  # Files with equal bytes have equal identities.
         published = {source.identity for source in manifest.sources if source.sha256}
-        spans = {identity: Spans.of(one) for identity, one in found.items() if one}
+        spans = {identity: Spans.of(one) for identity, one in found.items()}
         return cls(size, literal_bytes, spans, published & spans.keys())
 
     def here(self, local: Local) -> Here:
