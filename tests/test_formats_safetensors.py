@@ -258,6 +258,9 @@ def test_messages_name_the_file_the_tensor_and_the_rule(name: str, message: str)
 
 
 HOSTILE = {
+    "plain tensors, no shape twice": braced(
+        ",".join(f'"{i}":{entry(shape=f"{i + 999},{i + 9999},{i + 1},{i + 5}")}' for i in range(40_000))
+    ),
     "plain tensors of many dimensions": braced(
         ",".join(f'"{i}":{entry(shape="999," * 3000 + "0")}' for i in range(200))
     ),

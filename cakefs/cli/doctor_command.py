@@ -42,7 +42,7 @@ def run(args: argparse.Namespace, out: Out) -> int:
 
 
 def _token() -> "Check":
-    """None is found also where the libraries are broken, which a check of its own says."""
+    """Where the libraries are broken, which a check of its own says, no token is found."""
     from cakefs.cli.checks.check import Check
     from cakefs.cli.checks.outside import check_token
 

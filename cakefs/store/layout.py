@@ -29,6 +29,7 @@ def open_layout(path: Path, *, create: bool) -> None:
             _check_format(path, (path / "format").read_bytes())
         except FileNotFoundError:
             if not create:
+                check_vacant(path)
                 raise UserError(f"no store at {path}", hint="cakefs add makes one; see CAKEFS_STORE") from None
             _write_format(path)
         except NotADirectoryError:
