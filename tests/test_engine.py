@@ -125,6 +125,40 @@ def test_who_wants_what_just_failed_waits_briefly_and_gets_it_when_it_comes(
     assert "did not come" in caplog.text
 
 
+def test_who_queued_behind_what_stalls_waits_briefly_the_second_time(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The request for it begins when its reader gives up: a mapped page would wait for twice as long as a read."""
+    monkeypatch.setattr("cakefs.engine.fetch.AGAIN_S", 0.3)
+    monkeypatch.setattr("cakefs.engine.fetch.READER_MARGIN_S", 0.5)
+    readers = 20  # for 8 connections
+    hub.add_repo("org/name", {"model.safetensors": single({"a": tensor(1, (readers + 1) * CHUNK // 4)})})
+    seconds: list[float] = []
+
+    async def body(app: App) -> None:
+        manifest = app.model(await add(app, "org/name") and "org/name")
+        hub.fault("stall", times=None)
+        async with app.library() as library:
+            reader = library.open(library.names()["org/name"], manifest.shown(View.MODEL)["model.safetensors"])
+
+            async def read(place: int) -> None:
+                with pytest.raises(RemoteUnavailable):
+                    await reader.read(place * CHUNK + CHUNK // 2, 10)
+                began = trio.current_time()
+                with pytest.raises(RemoteUnavailable):
+                    await reader.read(place * CHUNK + CHUNK // 2, 10)
+                seconds.append(trio.current_time() - began)
+
+            async with trio.open_nursery() as nursery:
+                for place in range(readers):
+                    nursery.start_soon(read, place)
+            reader.close()
+
+    run(hub, tmp_path / "store", body, read_timeout_s=3.0)
+    assert len(seconds) == readers and max(seconds) < 1.5
+    assert "did not come" in caplog.text
+
+
 def test_other_weights_beside_model_safetensors_are_original_only(hub: Hub, tmp_path: Path) -> None:
     files = sharded(llama(), 2) | {"consolidated.safetensors": single(llama()), "pytorch_model.bin": b"a pickle"}
     hub.add_repo("org/name", files | {"config.json": CONFIG, "onnx/model.onnx": b"graph"})

@@ -146,7 +146,7 @@ class Fetcher:
             CakeError: The first failure among their flights; RemoteUnavailable when they take too long.
         """
         budget = self._settings.read_timeout_s + READER_MARGIN_S
-        earlier = next((pending.earlier for pending in pendings if pending.earlier is not None), None)
+        earlier = next(filter(None, (self._failures.earlier(pending.chunk) for pending in pendings)), None)
         try:
             with trio.fail_after(min(AGAIN_S, budget) if earlier else budget):
                 for pending in pendings:
@@ -154,7 +154,11 @@ class Fetcher:
         except trio.TooSlowError:
             if earlier is not None:
                 raise type(earlier)(earlier.message, hint=earlier.hint) from None
-            raise RemoteUnavailable(f"bytes of {manifest.name} did not come within {budget:.0f} s") from None
+            late = RemoteUnavailable(f"bytes of {manifest.name} did not come within {budget:.0f} s")
+            for pending in pendings:
+                if not pending.settled:  # Behind others that stall, its flight may have begun just now.
+                    self._failures.remember(pending.chunk, late)
+            raise late from None
 
     async def wait_for_room(self, ahead: int) -> None:
         """Waits until at most `ahead` flights are queued behind the running ones."""
@@ -216,8 +220,7 @@ class Fetcher:
             self._flights[job.id] = flight
             flights.append(flight)
             for chunk in flight.chunks:
-                pending = Pending(flight, chunk.stop - chunk.start, self._failures.earlier(chunk))
-                self._pending[chunk.key, chunk.chunk] = pending
+                pending = self._pending[chunk.key, chunk.chunk] = Pending(flight, chunk)
                 pendings.append(pending)
         self._queues[priority].extend(flights)
         self._dispatch()
@@ -333,12 +336,8 @@ class Fetcher:
 
     def _settle(self, chunk: JobChunk, error: CakeError | None) -> None:
         pending = self._pending.pop((chunk.key, chunk.chunk), None)
-        if pending is None:
-            return
-        pending.error = error
-        if pending.event is None:
-            pending.event = trio.Event()
-        pending.event.set()
+        if pending is not None:
+            pending.settle(error)
 
     def _on_death(self, worker: WorkerProcess, lost: list[FetchJob]) -> None:
         """The jobs of a process that died go to another; what it wrote is in the store already."""

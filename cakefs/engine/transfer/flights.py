@@ -22,22 +22,31 @@ class Priority(IntEnum):
 
 
 class Pending:
-    """A chunk on its way; `earlier` is why it did not come a moment ago."""
+    """A chunk on its way, or that came, or that did not because of `error`."""
 
-    __slots__ = ("earlier", "error", "event", "flight", "size")
+    __slots__ = ("chunk", "error", "event", "flight", "settled")
 
-    def __init__(self, flight: "Flight", size: int, earlier: CakeError | None) -> None:
+    def __init__(self, flight: "Flight", chunk: JobChunk) -> None:
         self.flight = flight
-        self.size = size
-        self.earlier = earlier
+        self.chunk = chunk
         self.event: trio.Event | None = None
+        self.settled = False
         self.error: CakeError | None = None
+
+    @property
+    def size(self) -> int:
+        return self.chunk.stop - self.chunk.start
+
+    def settle(self, error: CakeError | None) -> None:
+        self.settled, self.error = True, error
+        if self.event is not None:
+            self.event.set()
 
     async def wait(self) -> None:
         """Raises what the flight failed with."""
-        if self.event is None:
-            self.event = trio.Event()
-        await self.event.wait()
+        if not self.settled:
+            self.event = trio.Event() if self.event is None else self.event
+            await self.event.wait()
         if self.error is not None:
             raise type(self.error)(self.error.message, hint=self.error.hint)
 
