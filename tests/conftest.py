@@ -8,6 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ os.environ["HF_HUB_DISABLE_XET"] = "1"
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from tests.hub import Hub  # noqa: E402
+from tests.hub.odd import self_signed  # noqa: E402
 from tests.mounts import AMISS, FETCHING  # noqa: E402
 
 # Whoever runs the tests in the background may have these ignored, and programs that we start would inherit that.
@@ -110,6 +112,14 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if said:
             report.outcome, report.longrepr = "failed", "\n".join(["said on stderr, and not meant to be:", *said])
     return report
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Key and certificate for localhost that nobody has signed."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the openssl command to make a certificate")
+    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Answers no decent server gives, and no answers at all: each becomes an error of ours, after right bytes only."""
 
 import inspect
-import shutil
 import socket
 import ssl
 from collections.abc import Awaitable, Callable
@@ -22,7 +21,6 @@ from cakefs.model import ByteRange, Locator
 from cakefs.remotes import answers
 from cakefs.remotes.http import HttpRemote
 from cakefs.remotes.wrap import Retry
-from tests.hub.odd import self_signed
 
 DATA = bytes(range(256)) * 400
 SPAN = ByteRange(1000, 81000)
@@ -230,14 +228,6 @@ def test_a_hang_up_in_the_middle_of_the_handshake() -> None:
     outcome = ask(script, scheme="https")
     assert isinstance(outcome.error, RemoteUnavailable)
     assert "no answer from localhost:" in outcome.error.message
-
-
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Key and certificate for localhost that nobody has signed."""
-    if shutil.which("openssl") is None:
-        pytest.skip("needs the openssl command to make a certificate")
-    return self_signed(tmp_path_factory.mktemp("tls"))
 
 
 def test_a_certificate_that_nobody_signed(certificate: Path) -> None:

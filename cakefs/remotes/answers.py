@@ -242,7 +242,15 @@ def translated(what: str) -> Iterator[None]:
     except httpx.LocalProtocolError as error:
         raise InvalidFormat(f"{what}: {cause_of(error)}") from error
     except (httpx.HTTPError, httpx.StreamError, httpx.CookieConflict) as error:
-        raise RemoteUnavailable(f"no answer{_from(error)} for {what}: {cause_of(error)}") from error
+        raise no_answer(_from(error), what, error) from error
+
+
+def no_answer(host: str, what: str, error: BaseException) -> RemoteUnavailable:
+    """What an exception of a library means for who asked `host`, where that is known, for `what`."""
+    asked = f" from {host}" if host else ""
+    distrusted = any(isinstance(reason, ssl.SSLCertVerificationError) for reason in _reasons(error))
+    hint = "SSL_CERT_FILE can name a bundle with the certificate of your proxy or mirror" if distrusted else ""
+    return RemoteUnavailable(f"no answer{asked} for {what}: {cause_of(error)}", hint=hint)
 
 
 # By name: huggingface_hub uses a successor of httpx, whose classes are others of the same names.
@@ -258,7 +266,7 @@ _REASONS = {
 def _from(error: Exception) -> str:
     """The host that was asked: after a redirect not the one that the user knows."""
     try:
-        return f" from {host_of(error.request.url)}" if isinstance(error, httpx.RequestError) else ""
+        return host_of(error.request.url) if isinstance(error, httpx.RequestError) else ""
     except RuntimeError:  # Raised by httpx where no request is known.
         return ""
 

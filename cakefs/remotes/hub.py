@@ -16,7 +16,7 @@ import trio
 from cakefs import __version__
 from cakefs.errors import AccessDenied, CakeError, InvalidFormat, NotFound, RemoteUnavailable, UserError
 from cakefs.model import Listing, Published
-from cakefs.remotes.answers import cause_of, checked_token, host_of, requested_delay, without
+from cakefs.remotes.answers import checked_token, host_of, no_answer, requested_delay, without
 from cakefs.remotes.base import make_listing
 from cakefs.remotes.wrap import insist
 
@@ -102,7 +102,7 @@ class _Asker:
         except errors.HfHubHTTPError as error:
             raise self._refusal(error, host) from error
         except (_transport_error(), OSError) as error:
-            raise RemoteUnavailable(f"no answer from {host} for {self.repo}: {cause_of(error)}") from error
+            raise no_answer(host, self.repo, error) from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
             raise InvalidFormat(f"{host} gave an unexpected answer for {self.repo}: {type(error).__name__}") from error
 

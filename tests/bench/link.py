@@ -13,6 +13,7 @@ from pathlib import Path
 from tests.bench import data, world
 from tests.bench.measure import Result, interleaved, loading, row, timed
 from tests.bench.readers import first_pages, page, tensors_all
+from tests.hub.odd import self_signed
 
 GB = 1_000_000_000
 
@@ -59,7 +60,7 @@ def _first_load(work: Path, rounds: int, rate: float, latency: float, layers: in
             return spent + loading(Path(done.stdout.strip().splitlines()[-1].removeprefix("path=")))
 
     loading(repo)  # imports and page cache of the libraries
-    samples = interleaved({"cakefs": through_mount, "hf download + load": downloaded}, rounds)
+    samples = interleaved({"cakefs": through_mount, "hf download + load": downloaded}, rounds, memory=3 * size)
     local = min(loading(repo) for _ in range(2))
     best = sorted(samples["cakefs"])[len(samples["cakefs"]) // 2]
     label = f"{rate * 8 / 1e9:g} Gbit/s, {latency * 1e3:g} ms"
@@ -134,7 +135,8 @@ def first_touch(work: Path, rounds: int) -> Iterator[Result]:
 
 def prefetch(work: Path, rounds: int) -> Iterator[Result]:
     """All tensors through a mapping, one after the other, over 1 Gbit/s and 20 ms, with readahead and without."""
-    data.write_llama(work / "repos" / "bench/ahead", layers=3)
+    repo = data.write_llama(work / "repos" / "bench/ahead", layers=3)
+    size = (repo / "model.safetensors").stat().st_size
 
     def through(ahead: bool) -> float:
         store = work / "store-ahead"
@@ -147,36 +149,46 @@ def prefetch(work: Path, rounds: int) -> Iterator[Result]:
             with world.mounted(env, work / "mnt-ahead", read_ahead_kb=128):
                 return timed(lambda: tensors_all(work / "mnt-ahead" / "bench/ahead" / "model.safetensors"))
 
-    samples = interleaved({"ahead": lambda: through(True), "none": lambda: through(False)}, max(1, rounds // 2))
+    variants = {"ahead": lambda: through(True), "none": lambda: through(False)}
+    samples = interleaved(variants, max(1, rounds // 2), memory=3 * size)
     found = row("remote tensors, mapped, 1 Gbit/s, 20 ms: without readahead / with", samples, "none", "ahead", 0)
     found.bar, found.ok = ">= 2", found.ratio is not None and found.ratio >= 2
     yield found
 
 
 def fetch_all(work: Path, rounds: int) -> Iterator[Result]:
-    """`cakefs pull` from loopback, not shaped: how fast bytes get into the store, and what they cost."""
+    """`cakefs pull` from loopback, not shaped: how fast bytes get into the store, and what they cost; with TLS, too."""
     repo = data.write_llama(work / "repos" / "bench/fetch", layers=14)
     size = (repo / "model.safetensors").stat().st_size
-    user: list[float] = []
-    system: list[float] = []
+    user: dict[str, list[float]] = {"pull": [], "TLS": []}
+    system: dict[str, list[float]] = {"pull": [], "TLS": []}
 
-    def pull() -> float:
+    def pull(name: str, certificate: Path | None = None) -> float:
         store = work / "store-fetch"
         shutil.rmtree(store, ignore_errors=True)
-        with world.hub_process(work / "repos") as endpoint:
-            env = world.environment(store, endpoint)
+        with world.hub_process(work / "repos", certificate=certificate) as endpoint:
+            env = world.environment(store, endpoint) | {"SSL_CERT_FILE": str(certificate or "")}
             world.cakefs(env, "add", "bench/fetch")
             before = os.times()
             seconds = timed(lambda: world.cakefs(env, "pull", "bench/fetch"))
             after = os.times()
-            user.append((after.children_user - before.children_user) / size * GB)
-            system.append((after.children_system - before.children_system) / size * GB)
+            user[name].append((after.children_user - before.children_user) / size * GB)
+            system[name].append((after.children_system - before.children_system) / size * GB)
             return seconds
 
-    samples = interleaved({"pull": pull}, rounds)
+    def spent(name: str) -> str:
+        return f"{statistics.median(user[name]):.2f} user, {statistics.median(system[name]):.2f} system"
+
+    variants = {"pull": lambda: pull("pull")}
+    if shutil.which("openssl") is not None:
+        certificate = self_signed(work)
+        variants["TLS"] = lambda: pull("TLS", certificate)
+    samples = interleaved(variants, rounds, memory=2 * size)
     rate = size / statistics.median(samples["pull"]) / GB
     block = bytes(64 * data.MIB)
     sha = timed(lambda: hashlib.sha256(block)) / len(block) * GB
-    detail = f"CPU s/GB: {statistics.median(user):.2f} user, of it {sha:.2f} SHA-256; {statistics.median(system):.2f} "
-    detail += "system; start of three processes included, hub not counted"
+    detail = f"CPU s/GB: {spent('pull')}, SHA-256 {sha:.2f} of it; start of three processes included, hub not counted"
     yield Result("pull from loopback, GB/s", ">= 1", rate, rate >= 1, detail, samples)
+    if "TLS" in variants:
+        rate = size / statistics.median(samples["TLS"]) / GB
+        yield Result("the same over TLS, GB/s", "", rate, None, f"CPU s/GB: {spent('TLS')}", {})

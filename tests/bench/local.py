@@ -89,7 +89,7 @@ def cold_reads(work: Path, rounds: int) -> Iterator[Result]:
             read_all(native)
             for what, reader in (("read()", read_all), ("safe_open of all tensors", tensors_all)):
                 ours, theirs = ColdRead(mine, pid, reader), ColdRead(plain, plain_pid, reader)
-                samples = interleaved({"cakefs": ours, "pass-through": theirs}, rounds)
+                samples = interleaved({"cakefs": ours, "pass-through": theirs}, rounds, memory=size)
                 name = f"local blobs, cold FUSE cache, {what}, {kilobytes} KiB readahead: time / pass-through"
                 found = row(name, samples, "cakefs", "pass-through", 1.05)
                 found.detail += f"; {size / min(samples['cakefs']) / 2**30:.2f} GiB/s"
@@ -107,7 +107,8 @@ def _cold_disk(work: Path, env: dict[str, str], native: Path, rounds: int) -> It
                 drop_cache(file)
             return timed(lambda: read_all(path))
 
-        samples = interleaved({"cakefs": lambda: cold(mine, blobs), "native": lambda: cold(native, [])}, rounds)
+        variants = {"cakefs": lambda: cold(mine, blobs), "native": lambda: cold(native, [])}
+        samples = interleaved(variants, rounds, memory=2 * native.stat().st_size)
     yield row("blobs on a cold disk, read(): time / native", samples, "cakefs", "native", 1.25)
 
 
@@ -196,7 +197,7 @@ def _together(path: Path, rounds: int) -> Iterator[Result]:
         drop_cache(path)
         return timed(lambda: read_all(path))
 
-    samples = interleaved({"four": four, "one": one}, rounds)
+    samples = interleaved({"four": four, "one": one}, rounds, memory=path.stat().st_size)
     yield row("four readers of a file at once / one reader, time for all", samples, "four", "one", 4)
     unfair = statistics.median(max(spent) / statistics.median(spent) for spent in each[1:])
     yield Result("slowest of the four / their median", "<= 3.00", unfair, unfair <= 3, "", {})

@@ -1,5 +1,6 @@
 """Timing: variants interleaved round by round, medians, ratios; child processes' CPU beside the wall clock."""
 
+import mmap
 import os
 import statistics
 import subprocess
@@ -25,16 +26,32 @@ class Result:
     samples: dict[str, list[float]] = field(default_factory=dict)
 
 
-def interleaved(variants: Mapping[str, Action], rounds: int) -> dict[str, list[float]]:
-    """Runs every variant once per round, in turning order; the first round warms up and is not counted."""
+def interleaved(variants: Mapping[str, Action], rounds: int, *, memory: int = 0) -> dict[str, list[float]]:
+    """Runs every variant once per round, in turning order; the first round warms up and is not counted.
+
+    Args:
+        memory: Bytes of new memory that a run takes, about: see `_back`.
+    """
     samples: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            _back(memory)
             seconds = variants[name]()
             if turn:
                 samples[name].append(seconds)
     return samples
+
+
+def _back(size: int) -> None:
+    """Has so much of the free memory be memory of the machine.
+
+    A virtual machine may give what is free back to its host within seconds, and have it again for 2 s a GB, ten times
+    what it takes to write it. Whoever was measured after a longer pause than another paid for that.
+    """
+    if size:
+        with mmap.mmap(-1, size) as taken, memoryview(taken) as view:
+            view[::4096] = bytes(len(view[::4096]))
 
 
 def ratio(samples: dict[str, list[float]], of: str, to: str) -> float:

@@ -33,11 +33,12 @@ def cakefs_all(env: dict[str, str], names: list[str]) -> None:
 
 
 @contextmanager
-def hub_process(root: Path, *, rate: float = 0, latency: float = 0) -> Iterator[str]:
+def hub_process(root: Path, *, rate: float = 0, latency: float = 0, certificate: Path | None = None) -> Iterator[str]:
     """A hub in a process of its own, shaped to `rate` bytes per second and `latency` seconds. Yields its endpoint."""
     command = [sys.executable, "-m", "tests.hub", "--root", str(root)]
     command += ["--rate", str(rate)] if rate else []
     command += ["--latency", str(latency)] if latency else []
+    command += ["--certificate", str(certificate)] if certificate else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -17,11 +17,12 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="directory of repositories, as org/name/...")
     parser.add_argument("--rate", type=float, help="bytes per second of the link, shared by all connections")
     parser.add_argument("--latency", type=float, default=0, help="seconds before each response")
+    parser.add_argument("--certificate", type=Path, help="with its key: all is https")
     arguments = parser.parse_args()
     ends = {signal.SIGINT, signal.SIGTERM}
     # Before the threads start, so that all of them inherit it and sigwait gets the signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, ends)
-    with Hub() as hub:
+    with Hub(certificate=arguments.certificate) as hub:
         hub.shape(arguments.rate, arguments.latency)
         commits = {}
         for directory in sorted(p for p in arguments.root.glob("*/*") if p.is_dir()):

@@ -1,5 +1,6 @@
 """The hub as tests see it: put files in, aim clients at `endpoint`, break things, count what was sent."""
 
+import ssl
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,9 +25,10 @@ class Hub:
     Args:
         page_size: Entries of one page of a listing.
         link_lifetime: Seconds that a signed URL of the CDN is good for.
+        certificate: With its key, for both names: all is https then.
     """
 
-    def __init__(self, *, page_size: int = 1000, link_lifetime: float = 3600) -> None:
+    def __init__(self, *, page_size: int = 1000, link_lifetime: float = 3600, certificate: Path | None = None) -> None:
         self.links = Links(link_lifetime)
         self.api = Api(self.links, page_size)
         self.cdn = Cdn(self.links)
@@ -35,12 +37,16 @@ class Hub:
         self._arrived = threading.Condition()
         self._requests: list[Request] = []
         self._failures: list[Exception] = []
+        tls, scheme = None, "http"
+        if certificate is not None:
+            tls, scheme = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), "https"
+            tls.load_cert_chain(certificate)
         self._listeners = {
-            "hub": Listener(lambda i: self._answer(i, self.api), self.shaper, self._failures.append),
-            "cdn": Listener(lambda i: self._answer(i, self.cdn), self.shaper, self._failures.append),
+            "hub": Listener(lambda i: self._answer(i, self.api), self.shaper, self._failures.append, tls),
+            "cdn": Listener(lambda i: self._answer(i, self.cdn), self.shaper, self._failures.append, tls),
         }
-        self.endpoint = f"http://localhost:{self._listeners['hub'].port}"
-        self.cdn_endpoint = f"http://127.0.0.1:{self._listeners['cdn'].port}"
+        self.endpoint = f"{scheme}://localhost:{self._listeners['hub'].port}"
+        self.cdn_endpoint = f"{scheme}://127.0.0.1:{self._listeners['cdn'].port}"
         self.api.endpoint = self.endpoint
         self.api.cdn_endpoint = self.cdn_endpoint
 

@@ -95,10 +95,10 @@ def listening(answer: Answer) -> Iterator[int]:
 
 
 def self_signed(directory: Path) -> Path:
-    """Key and certificate for localhost, made by the `openssl` command."""
+    """Key and certificate for localhost and its address, made by the `openssl` command."""
     path = directory / "localhost.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
-    files = ["-addext", "subjectAltName=DNS:localhost", "-keyout", str(path), "-out", f"{path}.crt"]
+    files = ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", str(path), "-out", f"{path}.crt"]
     subprocess.run([*command.split(), *files], check=True, capture_output=True)
     path.write_text(path.read_text() + Path(f"{path}.crt").read_text())
     return path

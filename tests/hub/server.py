@@ -1,6 +1,7 @@
 """A listener with one thread per connection, to be stopped at any moment without leaving a thread or a socket."""
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 
@@ -17,10 +18,14 @@ class Listener:
     Args:
         app: Answers a request; called on the threads of connections.
         fail: Told of exceptions in `app`: they are faults of the hub itself.
+        tls: Encrypts all connections.
     """
 
-    def __init__(self, app: App, shaper: Shaper, fail: Callable[[Exception], None]) -> None:
+    def __init__(
+        self, app: App, shaper: Shaper, fail: Callable[[Exception], None], tls: ssl.SSLContext | None = None
+    ) -> None:
         self.app = app
+        self.tls = tls
         self.shaper = shaper
         self.fail = fail
         self.connections = 0
@@ -69,6 +74,8 @@ class Listener:
             except OSError:
                 continue
             self.connections += 1
+            if self.tls is not None:
+                sock = self.tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
             thread = threading.Thread(target=self._connection, args=(sock, stop), daemon=True)
             with self._lock:
                 self._threads[thread] = sock
@@ -77,7 +84,7 @@ class Listener:
     def _connection(self, sock: socket.socket, stop: threading.Event) -> None:
         try:
             self._serve(sock, stop)
-        except (Closed, ConnectionError):
+        except (Closed, ConnectionError, ssl.SSLError):  # The client left, or does not trust our certificate.
             pass
         except Exception as error:
             self.fail(error)
@@ -88,6 +95,8 @@ class Listener:
 
     def _serve(self, sock: socket.socket, stop: threading.Event) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if isinstance(sock, ssl.SSLSocket):
+            sock.do_handshake()
         sender = Sender(sock, self.shaper, stop)
         buffer = bytearray()
         while not stop.is_set():

@@ -1,5 +1,7 @@
 """Sending answers: sendfile in large pieces, in fine ones on the shaped link, and the faults that happen on the wire.
 
+With TLS the kernel cannot do that, and what a broken connection got of an answer is not known to the byte.
+
 What is counted as sent is counted *before* it is handed to the kernel, so that a client which has everything never sees
 a lower count; when a connection breaks, the count is put right to what the client's side acknowledged.
 """
@@ -8,6 +10,7 @@ import fcntl
 import os
 import select
 import socket
+import ssl
 import struct
 import termios
 import threading
@@ -17,7 +20,8 @@ from dataclasses import dataclass
 from tests.hub.http import Answer, Incoming, Part, Wire, split
 from tests.hub.shaping import Shaper
 
-PIECE = 8 * 1024 * 1024
+MIB = 1024 * 1024
+PIECE = 8 * MIB
 SMALL = 64 * 1024
 # How long a reset waits for a client that does not read what comes before it.
 DRAIN_S = 5.0
@@ -63,6 +67,7 @@ class Sender:
         self.shaper = shaper
         self.stop = stop
         self.written = 0
+        self.encrypts = isinstance(sock, ssl.SSLSocket)
 
     def answer(self, incoming: Incoming, answer: Answer, record: Request) -> None:
         """Sends one answer. Raises Closed when nothing more can be sent on this connection."""
@@ -126,7 +131,7 @@ class Sender:
             self.sock.sendall(head + body)
             self.written += len(head) + len(body)
             return
-        self.sock.sendall(head, socket.MSG_MORE)
+        self.sock.sendall(head, 0 if self.encrypts else socket.MSG_MORE)
         self.written += len(head)
         with self.shaper.sending():
             for part in parts:
@@ -155,7 +160,10 @@ class Sender:
     def _send_piece(self, fd: int, view: memoryview, position: int, size: int) -> int:
         if fd < 0:
             return self.sock.send(view[position : position + size])
-        sent = os.sendfile(self.sock.fileno(), fd, position, size)
+        if self.encrypts:
+            sent = self.sock.send(os.pread(fd, min(size, MIB), position))
+        else:
+            sent = os.sendfile(self.sock.fileno(), fd, position, size)
         if sent == 0:
             raise OSError("the file served became shorter")
         return sent
