@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -171,9 +172,13 @@ def test_readahead_of_a_live_mount(root: Path, tmp_path: Path) -> None:
 def test_a_mount_whose_store_is_gone(root: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     list_mount(root, tmp_path, readahead="4096")
     (store / "format").touch()
-    monkeypatch.setattr("cakefs.cli.checks.mounts.read_status", lambda point: {"store": str(store)})
+    said = {"store": str(store), "mount": {"since": int(time.time())}}
+    monkeypatch.setattr("cakefs.cli.checks.mounts.read_status", lambda point: said)
     (check,) = check_mounts(root)
     assert check.ok is True
+    os.utime(store / "format", (time.time() + 2, time.time() + 2))
+    (check,) = check_mounts(root)
+    assert check.ok is False and "another is there now" in check.detail and "umount" in check.fix
     shutil.rmtree(store)
     (check,) = check_mounts(root)
     assert check.ok is False and f"its store {store} is gone" in check.detail and "umount" in check.fix

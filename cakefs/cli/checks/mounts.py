@@ -39,16 +39,27 @@ def _check_mount(root: Path, mount: Mount, answer: int | None) -> Check:
         return Check(name, None, "of another user", "mount with --allow-other to share it")
     if answer:
         return Check(name, False, f"fails: {os.strerror(answer)}", clear)
-    said = read_status(mount.point)
-    store = said.get("store") if isinstance(said, dict) else None
-    if isinstance(store, str) and not os.path.exists(os.path.join(store, "format")):
-        fix = f"cakefs umount {quote(mount.point)}, then mount it again"
-        return Check(name, False, f"alive, but its store {store} is gone", fix)
+    if lost := _lost_store(read_status(mount.point)):
+        return Check(
+            name, False, f"alive, but its store {lost}", f"cakefs umount {quote(mount.point)}, then mount it again"
+        )
     setting = f"sys/class/bdi/{mount.device}/read_ahead_kb"
     found = text_of(root / setting).strip()
     if found.isdecimal() and int(found) < READ_AHEAD_KIB:
         return Check(name, None, f"alive, kernel readahead {found} KiB", f"echo 1024 | sudo tee /{setting}")
     return Check(name, True, f"alive, kernel readahead {found or 'of unknown'} KiB")
+
+
+def _lost_store(said: object) -> str:
+    """What became of the store that a mount serves, by what that says; empty while it is there."""
+    match said:
+        case {"store": str(store), "mount": {"since": int(since)}}:
+            try:
+                made = os.stat(os.path.join(store, "format")).st_mtime
+            except OSError:
+                return f"{store} is gone"
+            return f"{store} was removed, and another is there now" if made >= since + 1 else ""
+    return ""
 
 
 def stat_errno(path: str, timeout_s: float = STAT_TIMEOUT_S) -> int | None:
