@@ -21,6 +21,8 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1: never ask the network",
     "HF_HUB_CACHE": "the cache of huggingface_hub (default: hub in $HF_HOME)",
     "OLLAMA_MODELS": "the models of Ollama (default: ~/.ollama/models, then those of its system service)",
+    "HTTPS_PROXY": "a proxy, http://host:port or socks5://host:port; with HTTP_PROXY, ALL_PROXY and NO_PROXY",
+    "SSL_CERT_FILE": "certificates to trust; or SSL_CERT_DIR, a directory of them",
     "NO_COLOR": "no colours",
 }
 FURTHER_CODES = {

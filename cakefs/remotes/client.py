@@ -2,14 +2,14 @@
 
 import logging
 import ssl
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import httpx
 
 from cakefs import __version__
-from cakefs.errors import CakeError, InvalidFormat
-from cakefs.remotes.answers import Origin, checked_token, host_of, origin, refusal, shown
+from cakefs.errors import CakeError, InvalidFormat, UserError
+from cakefs.remotes.answers import Origin, cause_of, checked_token, host_of, one_line, origin, refusal, shown
 
 MAX_REDIRECTS = 5
 _REDIRECTS = frozenset([301, 302, 303, 307, 308])
@@ -41,13 +41,14 @@ class Client:
         self, tokens: Mapping[str, str], *, connect_s: float, idle_s: float, verify: ssl.SSLContext | bool
     ) -> None:
         self._tokens = {origin(url): checked_token(url, token) for url, token in tokens.items()}
-        self._client = httpx.AsyncClient(
-            headers={"User-Agent": f"cakefs/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"},
-            timeout=httpx.Timeout(idle_s, connect=connect_s, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30),
-            follow_redirects=False,
-            verify=verify,
-        )
+        with _usable_environment():
+            self._client = httpx.AsyncClient(
+                headers={"User-Agent": f"cakefs/{__version__}", "Accept": "*/*", "Accept-Encoding": "identity"},
+                timeout=httpx.Timeout(idle_s, connect=connect_s, pool=None),
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30),
+                follow_redirects=False,
+                verify=verify,
+            )
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -97,6 +98,19 @@ class Client:
             yield response
         finally:
             await response.aclose()
+
+
+@contextmanager
+def _usable_environment() -> Iterator[None]:
+    """httpx looks at the variables for proxies and certificates when a client is made, and fails as it happens to."""
+    try:
+        yield
+    except OSError as error:
+        hint = "SSL_CERT_FILE and SSL_CERT_DIR name them, if set"
+        raise UserError(f"the certificates to trust cannot be read: {cause_of(error)}", hint=hint) from error
+    except (ValueError, ImportError, httpx.InvalidURL) as error:
+        hint = "see HTTPS_PROXY, HTTP_PROXY and ALL_PROXY: such as http://host:port or socks5://host:port"
+        raise UserError(f"a proxy that is set cannot be used: {one_line(str(error))}", hint=hint) from error
 
 
 @asynccontextmanager

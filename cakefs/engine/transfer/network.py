@@ -3,6 +3,7 @@
 import trio
 
 from cakefs.engine.transfer.messages import SPARE_CONNECTIONS, Settings
+from cakefs.errors import UserError
 from cakefs.model import ByteRange, Locator
 from cakefs.remotes.base import Remote, Sink
 from cakefs.remotes.files import Files
@@ -23,7 +24,11 @@ class Network:
         budget_s = settings.read_timeout_s
         # So short that a second try fits in, and that the log tells what was waited for.
         connect_s, idle_s = min(CONNECT_S, budget_s / 3), min(IDLE_S, budget_s / 2)
-        before, http = self._connections, HttpRemote(tokens=settings.tokens, connect_s=connect_s, idle_s=idle_s)
+        before = self._connections
+        try:
+            http = HttpRemote(tokens=settings.tokens, connect_s=connect_s, idle_s=idle_s)
+        except UserError as error:
+            return Files(Unusable(error))
         at_once = settings.connections + SPARE_CONNECTIONS
         self._connections = Connections(http, Retry(Limit(Log(http), at_once), budget_s=budget_s))
         if before is not None:
@@ -33,6 +38,16 @@ class Network:
     async def aclose(self) -> None:
         if self._connections is not None:
             await self._connections.aclose()
+
+
+class Unusable:
+    """Instead of a network that is set up wrongly: who wants something of it is told why."""
+
+    def __init__(self, error: UserError) -> None:
+        self._error = error
+
+    async def fetch(self, locator: Locator, span: ByteRange, sink: Sink) -> None:
+        raise UserError(self._error.message, hint=self._error.hint)
 
 
 class Connections:
