@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from cakefs.engine.known.naming import check_place, same_model
+from cakefs.engine.known.naming import check_place, same_files, same_model
 from cakefs.engine.known.shown import Local, Shown, put_model
 from cakefs.engine.models.ggufview import fetch_tokenizers, show_gguf
 from cakefs.engine.models.upstream import Unreadable, Upstream
@@ -165,7 +165,7 @@ class Indexer:
         if old is not None:
             if same_model(old, manifest):
                 manifest, changed = old, False
-            elif not update and not _has_grown(old, manifest):
+            elif not (update or same_files(old, manifest) or _has_grown(old, manifest)):
                 raise _taken(old, manifest)
         check_place(self._store, manifest)
         shown = Shown.of(manifest)

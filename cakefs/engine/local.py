@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from cakefs.errors import CorruptData
-from cakefs.model import Digest, SpanKey
+from cakefs.model import ByteRange, Digest, SpanKey
 from cakefs.store.content import Content, Outcome
 from cakefs.store.store import Store
 
@@ -88,6 +88,19 @@ def stream_blob(store: Store, digest: Digest, buffer: memoryview) -> Iterator[me
     if content is None:
         raise CorruptData(f"blob {digest} is gone")
     yield from _stream(content, f"blob {digest}", buffer)
+
+
+def read_part(store: Store, key: SpanKey, part: ByteRange) -> bytes:
+    """Bytes of a span, counted from its beginning. Raises CorruptData, as `stream`."""
+    content = store.content(key)
+    data = bytearray(part.size)
+    try:
+        if content is None or content.read_into(memoryview(data), part.start, wait=True) is not Outcome.DONE:
+            raise CorruptData(f"{key} is not in the store")
+        return bytes(data)
+    finally:
+        if content is not None:
+            content.close()
 
 
 def _stream(content: Content, what: str, buffer: memoryview) -> Iterator[memoryview]:

@@ -15,7 +15,7 @@ cannot be wrong without a collision of SHA-256. Everything else is fetched, what
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from cakefs.model import Manifest, SpanKey
+from cakefs.model import Manifest, SpanKey, leaves
 from cakefs.plan.ranges import tiling
 
 PROVING = "sha256:"  # Identities that are a hash of the whole file. A git id is one, too, but of SHA-1.
@@ -74,6 +74,14 @@ def plan_pull(
             fetch.append(span)
             coming.setdefault((claims.get(key, ""), key.size), span)
     return PullPlan(tuple(fetch), tuple(spared))
+
+
+def beside_tensors(manifest: Manifest, identity: str) -> list[int]:
+    """The spans of an upstream file that are of no tensor, such as its header; none of a file without tensors."""
+    parts = (leaves(t.data) if t.data is not None else () for t in manifest.tensors)
+    of_tensors = {t.span for t in manifest.tensors} | {part.span for some in parts for part in some}
+    spans = [i for i, s in enumerate(manifest.spans) if manifest.sources[s.source].identity == identity]
+    return [i for i in spans if i not in of_tensors] if of_tensors.intersection(spans) else []
 
 
 def claimed_sizes(manifest: Manifest, left: Iterable[int], claims: Mapping[SpanKey, str]) -> set[int]:

@@ -115,13 +115,15 @@ def first_touch(work: Path, rounds: int) -> Iterator[Result]:
         "near": lambda: through(True, first_pages, 0.0),  # the bytes alone
         "none": lambda: through(False, first_pages),
     }
-    samples = interleaved(walk, max(1, rounds // 2))
+    memory = 512 * data.MIB
+    samples = interleaved(walk, max(1, rounds // 2), memory=memory)
     ahead, near, none = (statistics.median(samples[name]) for name in walk)
     trips = (ahead - near) / LATENCY_S
     detail = f"{ahead:.2f} s, {near:.2f} s of it for the bytes; without readahead {none:.2f} s"
     name = f"first page of each of {tensors} tensors: round trips beside the bytes"
     yield Result(name, "<= 3", trips, trips <= 3, detail, samples)
-    samples = interleaved({"one page": lambda: through(True, lambda path: len(page(path, middle)))}, rounds)
+    alone = {"one page": lambda: through(True, lambda path: len(page(path, middle)))}
+    samples = interleaved(alone, rounds, memory=memory)
     over = statistics.median(samples["one page"]) - 2 * LATENCY_S
     yield Result(
         "one page of a cold remote tensor: ms beyond 2 round trips",

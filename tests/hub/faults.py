@@ -6,7 +6,7 @@ Kinds:
     slow            `rate` bytes per second from `after` on
     short           well-formed, but the body ends after `after` bytes, or `by` bytes early
     long            `by` bytes more than announced by Content-Range
-    corrupt         the byte at `after` is inverted
+    corrupt         the byte at `after` is inverted, or those of its bits that `flips` has
     wrong-range     another range than asked for, honestly labelled
     no-range        200 and the whole file
     etag            another strong ETag, same bytes
@@ -46,6 +46,7 @@ class Fault:
             look at the last three, others at all but `api`, redirects at `resolve` and `plain`, `expired` at `cdn`.
         method: Only this one; None for all. Faults of bodies look at GET.
         position: Only answers that have this byte of the file, and `after` is where that byte is.
+        flips: Bits of the byte that `corrupt` inverts.
         hits: How many requests it has spoiled.
     """
 
@@ -58,6 +59,7 @@ class Fault:
     position: int | None = None
     head: bool = False
     by: int = 1
+    flips: int = 0xFF
     rate: float = 64 * 1024
     seconds: float | None = None
     retry_after: float | None = None
@@ -145,7 +147,7 @@ def lengthened(fault: Fault, incoming: Incoming, answer: Answer) -> Answer:
 def corrupted(fault: Fault, incoming: Incoming, answer: Answer) -> Answer:
     before, rest = split(answer.parts, fault.after)
     wrong, after = split(rest, 1)
-    inverted = bytes(b ^ 0xFF for p in wrong for b in p.content.read(p.start, p.stop))
+    inverted = bytes(b ^ fault.flips for p in wrong for b in p.content.read(p.start, p.stop))
     return replace(answer, parts=(*before, *whole(Content(inverted)), *after))
 
 

@@ -22,6 +22,7 @@ from cakefs.engine.disk.found import Found, Skipped
 from cakefs.engine.disk.meter import Meter
 from cakefs.engine.evict import job_is_done, make_room, prepare_room
 from cakefs.engine.index import Added, Indexer
+from cakefs.engine.models.again import record_right
 from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CakeError, CorruptData
 from cakefs.model import MIB, SMALL_FILE_LIMIT, ByteRange, Locator, Manifest, Published, SpanKey
@@ -212,7 +213,7 @@ class Adopter:
         """All of this file was hashed here."""
         known = self._store.catalog.verified(identity)
         if known is None or not known.ok:
-            self._store.catalog.set_verified(identity, True, int(time.time()))
+            record_right(self._store, identity)
 
     def _identity(
         self, file: Published, paths: dict[str, Path], claims: dict[str, str], small: dict[SpanKey, bytes]

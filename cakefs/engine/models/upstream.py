@@ -14,7 +14,7 @@ from typing import TypeVar
 import trio
 
 from cakefs.buffers import page_aligned
-from cakefs.engine.local import stream
+from cakefs.engine.local import read_part, stream
 from cakefs.engine.tasks import open_flat_nursery
 from cakefs.errors import CorruptData, InvalidFormat
 from cakefs.formats import gguf, safetensors
@@ -257,14 +257,11 @@ class _Looks:
 
     def _stored(self, start: int, stop: int, first: int, last: int) -> bytes | None:
         """Bytes `[first, last)` of the file, out of its span `[start, stop)`."""
-        content = self._store.content(SpanKey(self._published.identity, start, stop))
-        if content is None:
-            return None
         try:
-            data = bytearray(last - first)
-            return bytes(data) if content.read_into(memoryview(data), first - start, wait=True) is DONE else None
-        finally:
-            content.close()
+            part = ByteRange(first - start, last - start)
+            return read_part(self._store, SpanKey(self._published.identity, start, stop), part)
+        except CorruptData:
+            return None
 
     def _cut(self, part: ByteRange) -> bytes:
         data, at = [], bisect_right(self._starts, part.start) - 1

@@ -16,6 +16,8 @@ from cakefs.engine.serve.sizes import Counting
 from cakefs.errors import CakeError, NotFound, StoreFull
 from cakefs.model import File, Literal, Manifest, Source, leaves, without_query
 from cakefs.plan.hubcache import HubPlace, place_of
+from cakefs.plan.pullplan import beside_tensors
+from cakefs.plan.requests import span_chunks
 from cakefs.plan.wish import Wish
 from cakefs.store.lease import Lease
 from cakefs.store.store import Store
@@ -157,9 +159,17 @@ class Library:
             self._reading.pool.discard(key)
 
     async def refuted(self) -> str:
+        """Once a file failed its SHA-256: its identity.
+
+        What is not shown of it is asked for again: it would never be complete, and a wrong header never be found out.
+        """
         identity = await self._reading.refuted.receive()
         for opened in self._files.values():
             opened.readahead.forget()
+        for manifest in {id(opened.manifest): opened.manifest for opened in self._files.values()}.values():
+            spans = manifest.spans
+            refs = [ref for i in beside_tensors(manifest, identity) for ref in span_chunks(i, 0, spans[i].size)]
+            self._reading.fetcher.want_ahead(manifest, refs, soon=True)
         return identity
 
     def uses(self, manifest_id: str, file: File, identity: str) -> bool:

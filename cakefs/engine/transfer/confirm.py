@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from cakefs.buffers import page_aligned
 from cakefs.engine.local import stream, stream_blob
+from cakefs.engine.models.again import record_right
 from cakefs.errors import CakeError, CorruptData
 from cakefs.model import MIB, SpanKey
 from cakefs.plan.pullplan import PROVING
@@ -110,14 +111,15 @@ def _confirm(store: Store, identity: str, size: int, again: bool, following: Fol
         actual = _hash_spans(store, identity, whole)
     if actual is None:
         return None
-    ok = actual == expected
-    store.catalog.set_verified(identity, ok, int(time.time()))
-    if not ok:
-        log.error("%s: the bytes do not have the published hash; they will be fetched again", identity)
-        store.catalog.distances.forget(identity)
-        for start, stop in store.catalog.spans(identity):
-            store.drop_span(SpanKey(identity, start, stop))
-    return ok
+    if actual == expected:
+        record_right(store, identity)
+        return True
+    store.catalog.set_verified(identity, False, int(time.time()))
+    log.error("%s: the bytes do not have the published hash; they will be fetched again", identity)
+    store.catalog.distances.forget(identity)
+    for start, stop in store.catalog.spans(identity):
+        store.drop_span(SpanKey(identity, start, stop))
+    return False
 
 
 def prove(store: Store, identity: str, size: int, guesses: Mapping[tuple[int, int], str]) -> bool | None:
@@ -148,7 +150,7 @@ def prove(store: Store, identity: str, size: int, guesses: Mapping[tuple[int, in
         proved = [(SpanKey(identity, *p), record) for p, record in records.items() if record is not None]
         if len(proved) < len(records) or not store.bind(proved):
             return None
-        store.catalog.set_verified(identity, True, int(time.time()))
+        record_right(store, identity)
         return True
 
 

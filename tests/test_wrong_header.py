@@ -1,0 +1,77 @@
+"""A header that came wrong when a model was added, and that its format allows: found out with the rest of its file, and
+then the model is what it would have been."""
+
+from pathlib import Path
+
+from cakefs.model import CHUNK
+from cakefs.store.store import Store
+from tests.fs_child import eventually
+from tests.hub import Hub
+from tests.models import CONFIG, sharded, single, tensor
+from tests.mounts import UPSTREAM, Cakefs, needs_fuse
+
+AGAIN = "a header had come wrong when it was added|had come wrong: make it again"
+
+
+def cakefs_in(directory: Path, hub: Hub) -> Cakefs:
+    return Cakefs(directory, hub.endpoint).provoking(UPSTREAM, AGAIN)
+
+
+def misread(hub: Hub, path: str, data: bytes, right: bytes, wrong: bytes) -> None:
+    """The next answer has a `wrong` byte where the `right` one is, within what both have around it."""
+    at = data.index(right)
+    ((place, flips),) = [(i, a ^ b) for i, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b]
+    hub.fault("corrupt", path, after=at + place, flips=flips)
+
+
+@needs_fuse
+def test_a_merged_file_becomes_right_by_reading_it(hub: Hub, tmp_path: Path) -> None:
+    """Without a pull: its own header is nothing that is read, and yet fetched again once its file was refuted."""
+    tensors = {f"l{i}": tensor(i, CHUNK // 4 + 1000) for i in range(4)}
+    files = sharded(tensors, 2)
+    shard = "model-00001-of-00002.safetensors"
+    hub.add_repo("org/m", {**files, "config.json": CONFIG})
+    misread(hub, f"org/m/{shard}", files[shard], b'"F32"', b'"I32"')
+    cakefs = cakefs_in(tmp_path, hub)
+    cakefs.run("add", "org/m")
+    with cakefs.mounted() as path:
+        merged = path / "org/m/model.safetensors"
+        assert merged.read_bytes() != single(tensors), "not to be known before"
+        assert eventually(lambda: cakefs.status()["files_refuted"] == 1)
+        assert eventually(lambda: merged.read_bytes() == single(tensors))
+        assert "a header had come wrong" in cakefs.log()
+
+
+def test_names_become_right_and_what_was_made_of_wrong_ones_is_told(hub: Hub, tmp_path: Path) -> None:
+    tensors = {f"model.layers.{i}.w": tensor(i, 1000) for i in (0, 2)}
+    published = single(tensors)
+    hub.add_repo("org/m", {"model.safetensors": published})
+    misread(hub, "org/m/model.safetensors", published, b"layers.2", b"layers.1")
+    cakefs = cakefs_in(tmp_path, hub)
+    cakefs.run("add", "org/m")
+    assert names(cakefs) == {"model.layers.0.w", "model.layers.1.w"}
+    cakefs.run("slice", "org/m", "--layers", "0-1", "--as", "cut")
+    done = cakefs.run("pull", "org/m")
+    assert "org/m: a header had come wrong" in done.stderr and "cut was made when" in done.stderr
+    assert names(cakefs) == {*tensors}
+    assert cakefs.run("add", "org/m").stdout.startswith("unchanged")
+    cakefs.run("verify", "org/m")
+
+
+def test_adding_again_is_enough_where_the_header_is_read_anew(hub: Hub, tmp_path: Path) -> None:
+    """The same files, understood otherwise: nothing that needs --update."""
+    published = single({"abc": tensor(1, 1000)})
+    hub.add_repo("org/m", {"model.safetensors": published})
+    misread(hub, "org/m/model.safetensors", published, b'"abc"', b'"abb"')
+    cakefs = cakefs_in(tmp_path, hub)
+    cakefs.run("add", "org/m")
+    assert names(cakefs) == {"abb"}
+    with Store.open(cakefs.store) as store:
+        (key,) = [key for key, _ in store.catalog.listing() if key.start == 0]
+        store.drop_span(key)
+    assert "org/m" in cakefs.run("add", "org/m").stdout
+    assert names(cakefs) == {"abc"}
+
+
+def names(cakefs: Cakefs) -> set[str]:
+    return {found["name"] for found in cakefs.json("show", "org/m", "--tensors")["tensors"]}
