@@ -309,6 +309,12 @@ def test_the_token_does_not_follow_a_listing_that_is_redirected(hub: Hub) -> Non
     assert (second.path, second.authorized) == ("elsewhere", False)
 
 
+def test_the_token_does_not_follow_a_listing_that_goes_on_elsewhere(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub.api, "endpoint", hub.cdn_endpoint)
+    assert "for the list of org/name" in failure(hub, InvalidFormat, token="hf_test").message
+    assert {r.host for r in hub.requests} == {"localhost"}
+
+
 def test_the_client_is_imported_only_when_it_is_needed() -> None:
     script = "import sys, cakefs.remotes.hub; sys.exit(any(m.startswith('huggingface_hub') for m in sys.modules))"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -8,15 +8,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote, urljoin
 
 import trio
 
 from cakefs import __version__
 from cakefs.errors import AccessDenied, CakeError, InvalidFormat, NotFound, RemoteUnavailable, UserError
 from cakefs.model import Listing, Published
-from cakefs.remotes.answers import checked_token, host_of, no_answer, requested_delay, without
+from cakefs.remotes.answers import checked_token, host_of, no_answer, origin, requested_delay, without
 from cakefs.remotes.base import make_listing
 from cakefs.remotes.wrap import insist
 
@@ -82,11 +82,29 @@ class _Asker:
             commit = info.sha
             if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit):
                 raise ValueError("no commit")
-            tree = api.list_repo_tree(self.repo, recursive=True, revision=commit)
-            entries = list(islice(tree, MAX_ENTRIES + 1))
+            entries = list(islice(self._tree(commit), MAX_ENTRIES + 1))
             if len(entries) > MAX_ENTRIES:
                 raise InvalidFormat(f"{self.repo} has more than {MAX_ENTRIES} files and directories")
-        return _Tree(info.id or self.repo, commit, [e for e in entries if isinstance(e, RepoFile)])
+            file: Any = RepoFile
+            return _Tree(info.id or self.repo, commit, [file(**e) for e in entries if e["type"] == "file"])
+
+    def _tree(self, commit: str) -> Iterator[dict[str, Any]]:
+        """As `HfApi.list_repo_tree`, which would follow a page to another origin, and take the token there."""
+        from huggingface_hub import utils
+
+        client: Any = utils  # Its documented functions are not exported to type checkers.
+        headers = client.build_hf_headers(token=self.token or False, library_name="cakefs", library_version=__version__)
+        page = f"{self.endpoint}/api/models/{self.repo}/tree/{commit}?recursive=true"
+        while True:
+            answer = client.http_backoff("GET", page, headers=headers)
+            client.hf_raise_for_status(answer)
+            yield from answer.json()
+            following = answer.links.get("next", {}).get("url")
+            if following is None:
+                return
+            page = urljoin(page, following)
+            if origin(page) != origin(self.endpoint):
+                raise InvalidFormat(f"{host_of(self.endpoint)} sends to {host_of(page)} for the list of {self.repo}")
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
