@@ -62,16 +62,22 @@ class RemoteChanged(CakeError):
 
 
 class RemoteUnavailable(CakeError):
-    """Args: retry_after: seconds that the server asked to wait, if it did."""
+    """Args:
+    retry_after: Seconds that the server asked to wait, if it did.
+    whole_host: It asked that for all that is to be had there, not for one file.
+    """
 
     errno = _errno.ETIMEDOUT
     lookup_errno = _errno.ETIMEDOUT
     exit_code = 13
     retryable = True
 
-    def __init__(self, message: str, *, hint: str = "", retry_after: float | None = None) -> None:
+    def __init__(
+        self, message: str, *, hint: str = "", retry_after: float | None = None, whole_host: bool = False
+    ) -> None:
         super().__init__(message, hint=hint or (f"try again in {retry_after:.0f} s" if retry_after else ""))
         self.retry_after = retry_after
+        self.whole_host = whole_host
 
 
 class CorruptData(CakeError):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -17,13 +18,14 @@ from cakefs.remotes.wrap import BACKOFF_LIMIT_S, BACKOFF_S, SAID_S, TRIES, Limit
 
 DATA = bytes(range(251)) * 20000
 FILE = Locator("https://cdn.test/dir/file.bin?Signature=secret", len(DATA))
+NEIGHBOUR = Locator("https://cdn.test/dir/other.bin", len(DATA))
 OTHER = Locator("https://other.test/file.bin", len(DATA))
 SPAN = ByteRange(1000, 3 * MIB)
 FOREVER = 10**9
 
 
-def down(message: str = "down", retry_after: float | None = None) -> RemoteUnavailable:
-    return RemoteUnavailable(message, retry_after=retry_after)
+def down(message: str = "down", retry_after: float | None = None, *, whole_host: bool = False) -> RemoteUnavailable:
+    return RemoteUnavailable(message, retry_after=retry_after, whole_host=whole_host)
 
 
 class Act:
@@ -318,23 +320,47 @@ def test_waiting_for_a_turn_costs_no_budget() -> None:
     assert actor.times[-1] == 360
 
 
-def test_one_request_for_a_pause_holds_for_all_of_that_origin() -> None:
-    actor = Actor(Act(0, down("slow down", retry_after=30)), Act())
+def pausing(wish: RemoteUnavailable) -> list[tuple[float, str]]:
+    """What is asked and when, of FILE, whose server wishes a pause, its neighbour, and another host, every 20 s."""
+    actor = Actor(Act(0, wish), Act())
     limit = Limit(actor, 4)
 
     async def main() -> None:
-        with pytest.raises(RemoteUnavailable):
-            await read(limit, FILE, SPAN)
-        await trio.sleep(10)
-        with pytest.raises(RemoteUnavailable, match="slow down") as caught:
-            await read(limit, FILE, SPAN)
-        assert caught.value.retry_after == 20
-        assert await read(limit, OTHER, SPAN) == DATA[SPAN.start : SPAN.stop]
-        await trio.sleep(20)
-        assert await read(limit, FILE, SPAN) == DATA[SPAN.start : SPAN.stop]
+        for _ in range(5):
+            for locator in (FILE, NEIGHBOUR, OTHER):
+                with suppress(RemoteUnavailable):
+                    await read(limit, locator, SPAN)
+            await trio.sleep(20)
 
     run(main)
-    assert [url for _, url, _ in actor.asked] == [FILE.url, OTHER.url, FILE.url]
+    return [(time, url) for time, url, _ in actor.asked]
+
+
+def test_one_request_for_a_pause_holds_for_all_that_it_is_about() -> None:
+    asked = pausing(down("slow down", retry_after=30, whole_host=True))
+    assert asked[:3] == [(0, FILE.url), (0, OTHER.url), (20, OTHER.url)]
+    assert asked[3:] == [(40 + t, place.url) for t in (0, 20, 40) for place in (FILE, NEIGHBOUR, OTHER)]
+    asked = pausing(down("broken", retry_after=30))
+    assert [time for time, url in asked if url == FILE.url] == [0, 40, 60, 80]
+    assert [time for time, url in asked if url == NEIGHBOUR.url] == [0, 20, 40, 60, 80]
+
+
+def test_a_pause_without_end_is_asked_about_every_minute() -> None:
+    asked = pausing(down("tomorrow", retry_after=86400, whole_host=True))
+    assert [time for time, url in asked if url == FILE.url] == [0, 60, 80]
+
+
+def test_what_a_pause_is_about_is_told_to_who_comes_into_it() -> None:
+    limit = Limit(Actor(Act(0, down("slow down", retry_after=30, whole_host=True))), 4)
+
+    async def main() -> None:
+        for expected in (30, 20):
+            with pytest.raises(RemoteUnavailable, match="slow down") as caught:
+                await read(limit, FILE, SPAN)
+            assert caught.value.retry_after == expected and caught.value.whole_host
+            await trio.sleep(10)
+
+    run(main)
 
 
 def test_rate_limits_become_delay_for_everyone() -> None:

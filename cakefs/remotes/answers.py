@@ -179,7 +179,8 @@ def refusal(response: httpx.Response, body: bytes, what: str, secrets: Iterable[
         return RemoteChanged(f"{what} changed upstream: {host} has no such range {because}", hint=CHANGED_HINT)
     if status in _RETRYABLE or status >= 500:
         delay = requested_delay(response.headers)
-        return RemoteUnavailable(f"{host} cannot serve {what} now {because}", retry_after=delay)
+        limited = status == 429  # whoever asks too often, whatever for
+        return RemoteUnavailable(f"{host} cannot serve {what} now {because}", retry_after=delay, whole_host=limited)
     return InvalidFormat(f"{host} gave an unexpected answer for {what} {because}")
 
 

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 BACKOFF_S = 0.5  # Doubles with every try in a row that brought nothing, up to the limit.
 BACKOFF_LIMIT_S = 10.0
 PATIENCE_S = 330.0  # The Hub's quotas are per five minutes.
+AGAIN_S = 60.0  # After which a server is asked again that wants a longer pause than anybody waits for.
 TRIES = 3  # Of what somebody waits for before anything else can begin.
 SAID_S = 1.0  # A pause as long as this is told.
 
@@ -201,15 +202,16 @@ class _Pause(NamedTuple):
 
 
 class Limit:
-    """At most `n` fetches at once, first come first served; none from an origin that asked for a pause.
+    """At most `n` fetches at once, first come first served; none of what a server asked to leave alone for a while: one
+    file, or all that it has.
 
-    During a pause a fetch fails at once with what is left of it, as if the server had been asked: `Retry` waits.
+    During such a pause a fetch fails at once with what is left of it, as if the server had been asked: `Retry` waits.
     """
 
     def __init__(self, remote: Remote, n: int) -> None:
         self._remote = remote
         self._limiter = trio.CapacityLimiter(n)
-        self._pauses: dict[Origin, _Pause] = {}
+        self._pauses: dict[Origin | str, _Pause] = {}
 
     async def fetch(self, locator: Locator, span: ByteRange, sink: Sink) -> None:
         place = origin(locator.url)
@@ -217,22 +219,25 @@ class Limit:
             await self._limiter.acquire()
         try:
             self._check_pause(place)
+            self._check_pause(locator.url)
             await self._remote.fetch(locator, span, sink)
         except RemoteUnavailable as error:
             if error.retry_after:
-                self._pauses[place] = _Pause(trio.current_time() + error.retry_after, error.message)
+                seconds = error.retry_after if error.retry_after <= PATIENCE_S else AGAIN_S
+                pause = _Pause(trio.current_time() + seconds, error.message)
+                self._pauses[place if error.whole_host else locator.url] = pause
             raise
         finally:
             self._limiter.release()
 
-    def _check_pause(self, place: Origin) -> None:
-        pause = self._pauses.get(place)
+    def _check_pause(self, what: Origin | str) -> None:
+        pause = self._pauses.get(what)
         if pause is None:
             return
         left = pause.until - trio.current_time()
         if left > 0:
-            raise RemoteUnavailable(pause.why, retry_after=left)
-        del self._pauses[place]
+            raise RemoteUnavailable(pause.why, retry_after=left, whole_host=not isinstance(what, str))
+        del self._pauses[what]
 
 
 class Log:
