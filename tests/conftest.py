@@ -48,7 +48,7 @@ PROVOKED = {
     "test_cli_e2e": f"{_STORE}|{_UPSTREAM}|{_FULL}",
     "test_corruption": _STORE,
     "test_demand": _ABSENT,
-    "test_engine": f"{_UPSTREAM}|{_FULL}|a transfer process ended",
+    "test_engine": f"{_UPSTREAM}|{_FULL}|a transfer process (ended|hangs)",
     "test_engine_worker": _STORE,
     "test_evict.py::test_what_comes_back_is_confirmed_again": _UPSTREAM,
     "test_evict.py::test_what_was_set_aside": _STORE,

@@ -256,13 +256,17 @@ class FakeMount:
         return found
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
-    """Waits for what another process does; False after a bound that is far beyond what it should take."""
+def eventually(condition: Callable[[], bool], seconds: float = 15.0, every: float = 0.02) -> bool:
+    """Waits for what another process does; False after a bound that is far beyond what it should take.
+
+    Args:
+        every: Seconds between looks; 0 for what lasts for a moment only.
+    """
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.02)
+        time.sleep(every)
     return True
 
 

@@ -20,8 +20,11 @@ from cakefs.engine.known.survey import is_verified
 from cakefs.engine.models.sources import default_name, parse_source
 from cakefs.engine.read import FileReader
 from cakefs.engine.serve.library import LET_GO_S, Library
+from cakefs.engine.transfer.flights import Priority
+from cakefs.engine.transfer.messages import BEAT_S
 from cakefs.errors import AccessDenied, InvalidFormat, RemoteChanged, RemoteUnavailable, UserError
 from cakefs.model import CHUNK, View
+from cakefs.plan.requests import ChunkRef
 from tests.hub import Hub
 from tests.models import CONFIG, llama, sharded, single, tensor
 
@@ -97,7 +100,7 @@ def test_who_wants_what_just_failed_waits_briefly_and_gets_it_when_it_comes(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The kernel lets the readers of one page ask one after the other: each of them with all patience is a hang."""
-    monkeypatch.setattr("cakefs.engine.fetch.AGAIN_S", 0.3)
+    monkeypatch.setattr("cakefs.engine.transfer.flights.AGAIN_S", 0.3)
     published = single(big(1))
     hub.add_repo("org/name", {"model.safetensors": published})
 
@@ -129,7 +132,7 @@ def test_who_queued_behind_what_stalls_waits_briefly_the_second_time(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The request for it begins when its reader gives up: a mapped page would wait for twice as long as a read."""
-    monkeypatch.setattr("cakefs.engine.fetch.AGAIN_S", 0.3)
+    monkeypatch.setattr("cakefs.engine.transfer.flights.AGAIN_S", 0.3)
     monkeypatch.setattr("cakefs.engine.fetch.READER_MARGIN_S", 0.5)
     readers = 20  # for 8 connections
     hub.add_repo("org/name", {"model.safetensors": single({"a": tensor(1, (readers + 1) * CHUNK // 4)})})
@@ -157,6 +160,53 @@ def test_who_queued_behind_what_stalls_waits_briefly_the_second_time(
     run(hub, tmp_path / "store", body, read_timeout_s=3.0)
     assert len(seconds) == readers and max(seconds) < 1.5
     assert "did not come" in caplog.text
+
+
+@asynccontextmanager
+async def ahead_of(app: App, hub: Hub, chunks: int, rate: float) -> AsyncIterator[FileReader]:
+    """A reader of a file of which so many chunks are being fetched ahead, over a slow link."""
+    manifest = app.model(await add(app, "org/name") and "org/name")
+    async with app.library() as library:
+        reader = library.open(library.names()["org/name"], manifest.shown(View.MODEL)["model.safetensors"])
+        await reader.read(0, 10)
+        await app.fetcher.flush()
+        hub.reset()
+        hub.shape(rate=rate)
+        span = next(t.span for t in manifest.tensors if t.name == "a")
+        app.fetcher.want(manifest, [ChunkRef(span, i) for i in range(2, 2 + chunks)], Priority.AHEAD)
+        yield reader
+        reader.close()
+
+
+def test_a_reader_waits_as_long_as_anything_of_his_file_comes(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He may want the end of a large request, on a link that is slow and nothing else."""
+    monkeypatch.setattr("cakefs.engine.fetch.READER_MARGIN_S", 0.5)
+    published = single({"a": tensor(1, 12 * CHUNK // 4)})
+    hub.add_repo("org/name", {"model.safetensors": published})
+
+    async def body(app: App) -> None:
+        async with ahead_of(app, hub, 8, rate=2e6) as reader:
+            began = trio.current_time()
+            at = 10 * CHUNK - 1000  # In the last chunk of the second request: 8 MiB come before it.
+            assert bytes(await reader.read(at, 10)) == published[at : at + 10]
+            assert trio.current_time() - began > 2.5
+
+    run(hub, tmp_path / "store", body, read_timeout_s=2.0)
+
+
+def test_a_reader_does_not_wait_for_what_is_fetched_ahead_of_the_same_file(hub: Hub, tmp_path: Path) -> None:
+    published = single({"a": tensor(1, 40 * CHUNK // 4)})
+    hub.add_repo("org/name", {"model.safetensors": published})
+
+    async def body(app: App) -> None:
+        async with ahead_of(app, hub, 32, rate=4e6) as reader:
+            at = 38 * CHUNK
+            assert bytes(await reader.read(at, 10)) == published[at : at + 10]
+            assert hub.sent() < 7 * CHUNK, "two requests of 4 MiB are on their way"
+
+    run(hub, tmp_path / "store", body)
 
 
 def test_other_weights_beside_model_safetensors_are_original_only(hub: Hub, tmp_path: Path) -> None:
@@ -313,7 +363,13 @@ def test_a_passing_fault_in_the_middle_is_not_seen_by_the_reader(hub: Hub, tmp_p
     run(hub, tmp_path / "store", body)
 
 
-def test_a_killed_transfer_process_is_replaced_and_its_flights_are_taken_over(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_killed_transfer_process_is_replaced_and_its_flights_are_taken_over(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: signal.Signals
+) -> None:
+    """Or one that hangs."""
+    monkeypatch.setattr("cakefs.engine.transfer.workers.SILENT_S", 1.5 * BEAT_S)
+    monkeypatch.setattr("cakefs.engine.transfer.workers.GRACE_S", 0.1)
     published = single(big(4))
     hub.add_repo("org/name", {"model.safetensors": published})
 
@@ -324,7 +380,7 @@ def test_a_killed_transfer_process_is_replaced_and_its_flights_are_taken_over(hu
         async def kill() -> None:
             await trio.to_thread.run_sync(partial(hub.wait_for, "model.safetensors", 4))
             (pid,) = app.fetcher.pids()
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, by)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(kill)

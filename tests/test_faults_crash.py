@@ -181,7 +181,7 @@ def test_a_kill_in_the_middle_of_a_fetch_loses_nothing_that_had_come(world: Worl
     world.hub.reset()
     world.hub.shape(rate=LINK)
     with world.reading(name) as errors:
-        assert eventually(lambda: point(world, name))
+        assert eventually(lambda: point(world, name), every=0)
         running.kill(group=name.endswith("group"))
     assert errors or point is sealing
     with pytest.raises(OSError, match=r"not connected|abort") as raised:

@@ -38,10 +38,8 @@ DEMAND_RESERVE = 2  # Requests that readahead leaves free for the next reader.
 MAX_DEATHS = 3  # A job that outlives this many processes is held to be what kills them.
 UNKEPT_LIMIT = 64 * MIB  # Chunks held in memory because the store is full.
 FULL_S = 5.0  # How long after a chunk that could not be kept nothing is fetched ahead.
+MOVED_LIMIT = 4096  # Files of which it is known when something came.
 READER_MARGIN_S = 5.0  # Beyond the budget of a job, for queueing.
-# How long a reader waits for a chunk that others just waited for in vain. The kernel lets those who want the same page
-# ask one after the other, and each twice: ten of them would wait for twenty budgets.
-AGAIN_S = 5.0
 
 
 class Fetcher:
@@ -64,6 +62,7 @@ class Fetcher:
         self._ids = itertools.count(1)
         self._unkept: OrderedDict[tuple[SpanKey, int], bytes] = OrderedDict()
         self._failures = Failures(settings.read_timeout_s)
+        self._moved: OrderedDict[str, float] = OrderedDict()  # By identity: when something of that file came last.
         self._full_until = -math.inf
         self._room = trio.Condition()
         self._idle: dict[WorkerProcess, trio.Event] = {}
@@ -140,25 +139,32 @@ class Fetcher:
             self.want(manifest, refs, Priority.SOON if soon else Priority.AHEAD)
 
     async def wait(self, manifest: Manifest, pendings: Sequence[Pending]) -> None:
-        """Waits until the chunks have arrived.
+        """Waits until the chunks have arrived, as long as anything of their files comes.
 
         Raises:
             CakeError: The first failure among their flights; RemoteUnavailable when they take too long.
         """
-        budget = self._settings.read_timeout_s + READER_MARGIN_S
         earlier = next(filter(None, (self._failures.earlier(pending.chunk) for pending in pendings)), None)
-        try:
-            with trio.fail_after(min(AGAIN_S, budget) if earlier else budget):
-                for pending in pendings:
-                    await pending.wait()
-        except trio.TooSlowError:
-            if earlier is not None:
-                raise type(earlier)(earlier.message, hint=earlier.hint) from None
-            late = RemoteUnavailable(f"bytes of {manifest.name} did not come within {budget:.0f} s")
-            for pending in pendings:
-                if not pending.settled:  # Behind others that stall, its flight may have begun just now.
-                    self._failures.remember(pending.chunk, late)
-            raise late from None
+        patience_s = self._settings.read_timeout_s + READER_MARGIN_S
+        if earlier is not None:
+            patience_s = min(patience_s, earlier.patience_s)
+        began = trio.current_time()
+        for pending in pendings:
+            while not await pending.wait(self._last_move(pending, began) + patience_s):
+                if trio.current_time() >= self._last_move(pending, began) + patience_s:
+                    late: CakeError = RemoteUnavailable(f"nothing of {manifest.name} came for {patience_s:.0f} s")
+                    raise self._in_vain(pendings, late if earlier is None else earlier.error)
+
+    def _last_move(self, pending: Pending, began: float) -> float:
+        """When something of its file came last, if that was after it began to be waited for."""
+        return max(began, self._moved.get(pending.chunk.key.identity, began))
+
+    def _in_vain(self, pendings: Sequence[Pending], error: CakeError) -> CakeError:
+        """For who waited; those who come after him wait less, also where a flight has begun just now."""
+        for pending in pendings:
+            if not pending.settled:
+                self._failures.remember(pending.chunk, error)
+        return type(error)(error.message, hint=error.hint)
 
     async def wait_for_room(self, ahead: int) -> None:
         """Waits until at most `ahead` flights are queued behind the running ones."""
@@ -257,16 +263,19 @@ class Fetcher:
         )
 
     def _next(self) -> Flight | None:
-        """Demand first. No file gets all connections, and one with a waiting reader gets its first beyond them if need
-        be: files that stall do not block another."""
-        running = Counter(job.identity for worker in self._workers for job in worker.jobs.values())
+        """Demand first, whatever is fetched ahead. No file gets all connections, and one with a waiting reader gets its
+        first beyond them if need be: files that stall do not block another."""
+        jobs = [job for worker in self._workers for job in worker.jobs.values()]
+        running = Counter(job.identity for job in jobs)
+        demanded = Counter(job.identity for job in jobs if self._flights[job.id].priority is Priority.DEMAND)
         slots = self._settings.connections * len(self._workers)
         most, free = max(1, slots - DEMAND_RESERVE), slots - running.total()
         share = most if free > 0 else 1 if free > -SPARE_CONNECTIONS else 0
         for priority, queue in self._queues.items():
             if priority is not Priority.DEMAND and not (free > 0 and self._running_ahead < most):
                 break
-            if (flight := next((f for f in queue if running[f.job.identity] < share), None)) is not None:
+            counted = demanded if priority is Priority.DEMAND and free > 0 else running
+            if (flight := next((f for f in queue if counted[f.job.identity] < share), None)) is not None:
                 return flight
         return None
 
@@ -292,6 +301,10 @@ class Fetcher:
         flight.left.discard(report.index)
         chunk = flight.chunks[report.index]
         self._failures.forget(chunk)
+        self._moved[chunk.key.identity] = trio.current_time()
+        self._moved.move_to_end(chunk.key.identity)
+        if len(self._moved) > MOVED_LIMIT:
+            self._moved.popitem(last=False)
         self.counters.bytes_fetched += chunk.stop - chunk.start
         if report.data is not None:
             self._hold(chunk, report.data)

@@ -3,6 +3,7 @@
 import math
 from collections import OrderedDict
 from enum import IntEnum
+from typing import NamedTuple
 
 import trio
 
@@ -11,6 +12,8 @@ from cakefs.errors import CakeError
 from cakefs.model import SpanKey
 
 FAILED_LIMIT = 10_000  # Chunks of which it is remembered why they did not come.
+AGAIN_S = 5.0  # How long a reader waits for a chunk that another waited for in vain, at first
+LEAST_AGAIN_S = 2.0  # and after a few more.
 
 
 class Priority(IntEnum):
@@ -42,13 +45,15 @@ class Pending:
         if self.event is not None:
             self.event.set()
 
-    async def wait(self) -> None:
-        """Raises what the flight failed with."""
+    async def wait(self, until: float = math.inf) -> bool:
+        """Until it came: False where it did not by a time of trio's clock. Raises what the flight failed with."""
         if not self.settled:
             self.event = trio.Event() if self.event is None else self.event
-            await self.event.wait()
+            with trio.move_on_at(until):
+                await self.event.wait()
         if self.error is not None:
             raise type(self.error)(self.error.message, hint=self.error.hint)
+        return self.settled
 
 
 class Flight:
@@ -77,21 +82,35 @@ class Counters:
         self.refuted = 0
 
 
+class Failure(NamedTuple):
+    """Attributes: patience_s: How long the next may wait who asks for it."""
+
+    when: float
+    error: CakeError
+    patience_s: float
+
+
 class Failures:
-    """Why chunks did not come, for some seconds."""
+    """Why chunks did not come, for some seconds after somebody last waited for them in vain.
+
+    The kernel lets those who want the same page ask one after the other, and each twice: so who asks again is told
+    soon, and the sooner the more asked before.
+    """
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._failed: OrderedDict[tuple[SpanKey, int], tuple[float, CakeError]] = OrderedDict()
+        self._failed: OrderedDict[tuple[SpanKey, int], Failure] = OrderedDict()
 
     def remember(self, chunk: JobChunk, error: CakeError) -> None:
-        self._failed[chunk.key, chunk.chunk] = (trio.current_time(), error)
+        earlier = self.earlier(chunk)
+        patience_s = max(LEAST_AGAIN_S, earlier.patience_s / 2) if earlier else AGAIN_S
+        self._failed[chunk.key, chunk.chunk] = Failure(trio.current_time(), error, patience_s)
         while len(self._failed) > FAILED_LIMIT:
             self._failed.popitem(last=False)
 
     def forget(self, chunk: JobChunk) -> None:
         self._failed.pop((chunk.key, chunk.chunk), None)
 
-    def earlier(self, chunk: JobChunk) -> CakeError | None:
-        when, error = self._failed.get((chunk.key, chunk.chunk), (-math.inf, None))
-        return error if trio.current_time() - when < self._seconds else None
+    def earlier(self, chunk: JobChunk) -> Failure | None:
+        failure = self._failed.get((chunk.key, chunk.chunk))
+        return failure if failure is not None and trio.current_time() - failure.when < self._seconds else None

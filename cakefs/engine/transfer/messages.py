@@ -89,6 +89,10 @@ class Idle(Struct, frozen=True, tag=True):
     """Nothing is left to seal or to confirm, as of everything sent before `Flush`."""
 
 
+class Beat(Struct, frozen=True, tag=True):
+    """Nothing but that the process is well: every BEAT_S seconds."""
+
+
 class Flush(Struct, frozen=True, tag=True):
     """Asks for `Idle` once everything that arrived is sealed."""
 
@@ -101,7 +105,9 @@ class Look(Struct, frozen=True, tag=True):
 
 
 Request = Settings | FetchJob | Flush | Look
-Report = Arrived | Done | Failed | Confirmed | Idle
+Report = Arrived | Done | Failed | Confirmed | Idle | Beat
+
+BEAT_S = 2.0
 
 SPARE_CONNECTIONS = 32  # Beyond `connections`, for files of which nothing is on its way while others stall.
 

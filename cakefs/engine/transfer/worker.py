@@ -25,7 +25,9 @@ from cakefs.engine.tasks import in_background
 from cakefs.engine.transfer import confirm
 from cakefs.engine.transfer.confine import confine
 from cakefs.engine.transfer.messages import (
+    BEAT_S,
     Arrived,
+    Beat,
     Confirmed,
     Done,
     FetchJob,
@@ -292,9 +294,15 @@ async def _serve() -> None:
         async for report in reports:
             await writer.send_all(frame(report))
 
+    async def beat() -> None:
+        while True:
+            outbox.send_nowait(Beat())
+            await trio.sleep(BEAT_S)
+
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(send)
+            nursery.start_soon(beat)
             async for data in reader:
                 for body in unframer.feed(data):
                     request = decoder.decode(body)

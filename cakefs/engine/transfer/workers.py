@@ -7,7 +7,18 @@ from collections.abc import Callable
 import msgspec
 import trio
 
-from cakefs.engine.transfer.messages import FetchJob, Flush, Look, Report, Request, Settings, Unframer, frame
+from cakefs.engine.transfer.messages import (
+    BEAT_S,
+    Beat,
+    FetchJob,
+    Flush,
+    Look,
+    Report,
+    Request,
+    Settings,
+    Unframer,
+    frame,
+)
 from cakefs.execute import child_environment, python_command
 
 log = logging.getLogger(__name__)
@@ -15,6 +26,8 @@ log = logging.getLogger(__name__)
 RESTART_DELAY_S = 0.2  # Doubles with every start that brought no report, up to the limit below.
 RESTART_DELAY_LIMIT_S = 10.0
 KNOWN_LIMIT = 4096  # Upstream files; a process remembers the way to about as many.
+SILENT_S = 30.0  # Without a report or a beat a process hangs, as one that is stopped, or waits for a disk that is gone;
+GRACE_S = 2 * BEAT_S  # but whoever was stopped together with it needs a moment.
 CLOSE_TIMEOUT_S = 15.0  # A worker seals what is complete before it goes; then it is killed.
 
 
@@ -103,14 +116,27 @@ class WorkerProcess:
                 nursery.start_soon(send)
                 decoder = msgspec.msgpack.Decoder(Report)
                 unframer = Unframer()
-                async for data in stdout:
+                while data := await _received(stdout):
                     for body in unframer.feed(data):
-                        useful = True
-                        self._on_report(self, decoder.decode(body))
+                        report = decoder.decode(body)
+                        if not isinstance(report, Beat):
+                            useful = True
+                            self._on_report(self, report)
+                if data is None:
+                    log.warning("a transfer process hangs (pid %s), and is ended", self.pid)
+                    process.kill()
                 nursery.cancel_scope.cancel()
         finally:
             await _end(process)
         return useful
+
+
+async def _received(stdout: trio.abc.ReceiveStream) -> bytes | bytearray | None:
+    """What a process reports next; nothing at its end, None where it hangs."""
+    for seconds in (SILENT_S, GRACE_S):
+        with trio.move_on_after(seconds):
+            return await stdout.receive_some()
+    return None
 
 
 async def _end(process: trio.Process) -> None:
