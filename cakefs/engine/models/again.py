@@ -10,8 +10,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
-import trio
-
+from cakefs.engine.local import read_part
 from cakefs.errors import CakeError, NotFound
 from cakefs.model import ByteRange, Listing, Locator, Manifest, Published, Source, SpanKey, without_query
 from cakefs.plan.ranges import tiling
@@ -49,7 +48,9 @@ def read_headers_again(store: Store, identity: str) -> None:
 
 def _compose_again(store: Store, manifest: Manifest) -> bool:
     """Whether that makes it another."""
-    from cakefs.engine.index import Indexer  # 0.1 s: only for those who need it
+    import trio  # with this, 0.2 s: only for those who need it
+
+    from cakefs.engine.index import Indexer
 
     files = tuple(map(_published, manifest.sources))
     listing = Listing(manifest.origin, manifest.revision, manifest.requested, files, manifest.whole)
@@ -74,8 +75,6 @@ class _Stored:
         self._identities = identities
 
     async def fetch(self, locator: Locator, span: ByteRange, sink: Sink) -> None:
-        from cakefs.engine.local import read_part
-
         identity = self._identities[locator.url]
         pieces = tiling(self._store.catalog.spans(identity), locator.size)
         if pieces is None:
