@@ -368,7 +368,7 @@ def test_a_killed_transfer_process_is_replaced_and_its_flights_are_taken_over(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: signal.Signals
 ) -> None:
     """Or one that hangs."""
-    monkeypatch.setattr("cakefs.engine.transfer.workers.SILENT_S", 1.5 * BEAT_S)
+    monkeypatch.setattr("cakefs.engine.transfer.workers.SILENT_S", 3 * BEAT_S)
     monkeypatch.setattr("cakefs.engine.transfer.workers.GRACE_S", 0.1)
     published = single(big(4))
     hub.add_repo("org/name", {"model.safetensors": published})

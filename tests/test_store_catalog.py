@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lmdb
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -40,6 +41,17 @@ def manifest(name: str, revision: str = "1") -> Manifest:
 
 def record(digest: str, inline: bytes | None = None) -> BlobRecord:
     return BlobRecord(digest, len(inline or b"12345"), b"12345678", inline)
+
+
+def test_a_model_is_replaced_only_while_it_is_what_it_was(catalog: Catalog) -> None:
+    first = catalog.models.put(manifest("org/a"))
+    second = catalog.models.put(msgspec.structs.replace(manifest("org/a"), created=1), instead_of=first)
+    assert second and catalog.models.all()["org/a"].manifest == second
+    third = msgspec.structs.replace(manifest("org/a"), created=2)
+    assert catalog.models.put(third, instead_of=first) == ""
+    assert catalog.models.all()["org/a"].manifest == second
+    catalog.models.remove("org/a")
+    assert catalog.models.put(third, instead_of=second) == "" and not catalog.models.all()
 
 
 def test_models(catalog: Catalog) -> None:

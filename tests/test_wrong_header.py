@@ -1,9 +1,13 @@
 """A header that came wrong when a model was added, and that its format allows: found out with the rest of its file, and
 then the model is what it would have been."""
 
+import io
 from pathlib import Path
 
-from cakefs.model import CHUNK
+import pytest
+import torch
+
+from cakefs.model import CHUNK, SpanKey
 from cakefs.store.store import Store
 from tests.fs_child import eventually
 from tests.hub import Hub
@@ -40,6 +44,43 @@ def test_a_merged_file_becomes_right_by_reading_it(hub: Hub, tmp_path: Path) -> 
         assert eventually(lambda: cakefs.status()["files_refuted"] == 1)
         assert eventually(lambda: merged.read_bytes() == single(tensors))
         assert "a header had come wrong" in cakefs.log()
+
+
+@needs_fuse
+@pytest.mark.parametrize("way", ["mount", "pull"])
+def test_who_ended_before_the_header_came_again_leaves_that_to_the_next(hub: Hub, tmp_path: Path, way: str) -> None:
+    tensors = {f"l{i}": tensor(i, 1000) for i in range(4)}
+    files = sharded(tensors, 2)
+    shard = "model-00001-of-00002.safetensors"
+    hub.add_repo("org/m", {**files, "config.json": CONFIG})
+    misread(hub, f"org/m/{shard}", files[shard], b'"F32"', b'"I32"')
+    cakefs = cakefs_in(tmp_path, hub)
+    cakefs.run("add", "org/m")
+    with Store.open(cakefs.store) as store:
+        manifest = store.catalog.models.manifest(store.catalog.models.all()["org/m"].manifest)
+        (source,) = [source for source in manifest.sources if source.path == shard]
+        store.catalog.set_verified(source.identity, False, 0)
+        for start, stop in store.catalog.spans(source.identity):
+            store.drop_span(SpanKey(source.identity, start, stop))
+    if way == "pull":
+        cakefs.run("pull", "org/m")
+    with cakefs.mounted() as path:
+        merged = path / "org/m/model.safetensors"
+        assert eventually(lambda: merged.read_bytes() == single(tensors))
+
+
+def test_a_neighbour_that_is_not_here_does_not_matter_where_the_header_was_right(hub: Hub, tmp_path: Path) -> None:
+    """A torch checkpoint cannot be looked into again without all of it; the other file is right, and proved."""
+    published, pickle = single({"abc": tensor(1, 100_000)}), io.BytesIO()
+    torch.save({"w": torch.zeros(600, 600)}, pickle)
+    hub.add_repo("org/m", {"model.safetensors": published, "text_encoder/pytorch_model.bin": pickle.getvalue()})
+    cakefs = cakefs_in(tmp_path, hub)
+    cakefs.run("add", "org/m")
+    hub.fault("corrupt", "org/m/model.safetensors", position=len(published) - 5)
+    done = cakefs.run("pull", "org/m", "--files", "model.safetensors")
+    assert "came wrong, and is fetched again" in done.stderr and "header" not in done.stderr
+    (source,) = [s for s in cakefs.json("show", "org/m")["sources"] if s["path"] == "model.safetensors"]
+    assert source["verified"] is True
 
 
 def test_names_become_right_and_what_was_made_of_wrong_ones_is_told(hub: Hub, tmp_path: Path) -> None:

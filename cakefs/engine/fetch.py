@@ -359,7 +359,7 @@ class Fetcher:
         self._idle[worker] = trio.Event()
         for job in lost:
             flight = self._flights[job.id]
-            flight.deaths += 1
+            flight.deaths += not worker.hung
             if flight.priority is not Priority.DEMAND:
                 self._running_ahead -= 1
             flight.queued = True

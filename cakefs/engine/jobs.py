@@ -21,6 +21,7 @@ from cakefs.errors import CorruptData, NotFound, StoreFull
 from cakefs.model import MIB, File, Literal, Manifest, SpanKey
 from cakefs.plan.choice import file_spans, in_order
 from cakefs.plan.collect import GcPlan, plan_gc
+from cakefs.plan.pullplan import beside_tensors
 from cakefs.plan.requests import ChunkRef, batches, chunks_size
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.store import LITERAL, Store
@@ -74,8 +75,11 @@ async def pull_spans(
         CorruptData: What came is wrong, and was so again; it was dropped.
     """
     await trio.to_thread.run_sync(Borrowing(store).forget_lost)
-    left = _unsealed(store, manifest, spans)
     sources = {manifest.spans[span].source for span in spans}
+    doubted = [manifest.sources[source].identity for source in sources if _is_wrong(store, manifest, source)]
+    if headers := [span for identity in doubted for span in beside_tensors(manifest, identity)]:
+        spans = in_order(manifest, [*spans, *headers])  # Without them no file is complete, and can be right.
+    left = _unsealed(store, manifest, spans)
     beside = _sealed_of(store, manifest, sources)
     if fetcher.limit:
         wanted = sum(chunks_size(manifest, missing_chunks(store, manifest, span)) for span in left)

@@ -89,13 +89,14 @@ class _Asker:
             return _Tree(info.id or self.repo, commit, [file(**e) for e in entries if e["type"] == "file"])
 
     def _tree(self, commit: str) -> Iterator[dict[str, Any]]:
-        """As `HfApi.list_repo_tree`, which would follow a page to another origin, and take the token there."""
+        """As `HfApi.list_repo_tree`, which takes the token along where a page leads to another origin."""
         from huggingface_hub import utils
 
         client: Any = utils  # Its documented functions are not exported to type checkers.
-        headers = client.build_hf_headers(token=self.token or False, library_name="cakefs", library_version=__version__)
         page = f"{self.endpoint}/api/models/{self.repo}/tree/{commit}?recursive=true"
         while True:
+            token = self.token if origin(page) == origin(self.endpoint) else None
+            headers = client.build_hf_headers(token=token or False, library_name="cakefs", library_version=__version__)
             answer = client.http_backoff("GET", page, headers=headers)
             client.hf_raise_for_status(answer)
             yield from answer.json()
@@ -103,8 +104,6 @@ class _Asker:
             if following is None:
                 return
             page = urljoin(page, following)
-            if origin(page) != origin(self.endpoint):
-                raise InvalidFormat(f"{host_of(self.endpoint)} sends to {host_of(page)} for the list of {self.repo}")
 
     @contextmanager
     def _translated(self) -> Iterator[None]:

@@ -51,30 +51,36 @@ class Models:
             rows = txn.cursor(self._env.table["models"])
             return {str(k, "utf-8"): msgspec.msgpack.decode(v, type=ModelRecord) for k, v in rows}
 
-    def put(self, manifest: Manifest, *, pinned: bool | None = None, outline: bytes = b"") -> str:
+    def put(
+        self, manifest: Manifest, *, pinned: bool | None = None, outline: bytes = b"", instead_of: str | None = None
+    ) -> str:
         """Stores the manifest and shows it under its name, instead of what had that name.
 
         Args:
             pinned: None keeps what holds for that name (at first: not pinned).
             outline: What follows from the manifest, for those who list many.
+            instead_of: Only while the name stands for this one.
 
-        Returns: The manifest's id.
+        Returns: The manifest's id; empty where the name stands for another one.
         """
         name, data = _name(manifest.name), encode_manifest(manifest)
         id = "sha256:" + hashlib.sha256(data).hexdigest()
         table = self._env.table
 
-        def work(txn: "Transaction") -> None:
-            old = txn.get(name, db=table["models"])
-            kept = old is not None and msgspec.msgpack.decode(old, type=ModelRecord).pinned
+        def work(txn: "Transaction") -> str:
+            row = txn.get(name, db=table["models"])
+            old = None if row is None else msgspec.msgpack.decode(row, type=ModelRecord)
+            if instead_of is not None and (old is None or old.manifest != instead_of):
+                return ""
+            kept = old is not None and old.pinned
             pin = kept if pinned is None else pinned
             txn.put(id.encode(), data, db=table["manifests"])
             if outline:
                 txn.put(id.encode(), outline, db=table["outlines"])
             self._put_record(txn, name, ModelRecord(id, int(time.time()), pin))
+            return id
 
-        self._env.write(work)
-        return id
+        return self._env.write(work)
 
     def remove(self, name: str) -> bool:
         """Returns: False when there was none of that name. Its manifest and bytes stay, for gc."""

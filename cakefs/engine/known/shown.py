@@ -218,9 +218,10 @@ class Outline(Struct, frozen=True, array_like=True):
         return Shown(self.size, self.literal_bytes, spans, {part.identity for part in self.parts if part.published})
 
 
-def put_model(store: Store, manifest: Manifest, shown: Shown) -> str:
-    """Shows a manifest under its name. Returns: the manifest's id."""
-    return store.catalog.models.put(manifest, outline=msgspec.msgpack.encode(Outline.of(manifest, shown)))
+def put_model(store: Store, manifest: Manifest, shown: Shown, *, instead_of: str | None = None) -> str:
+    """Shows a manifest under its name, as `Models.put`. Returns: the manifest's id, or nothing."""
+    outline = msgspec.msgpack.encode(Outline.of(manifest, shown))
+    return store.catalog.models.put(manifest, outline=outline, instead_of=instead_of)
 
 
 def outlines(store: Store, records: Mapping[str, ModelRecord]) -> dict[str, Outline]:

@@ -1,18 +1,29 @@
 """What follows from a file that was hashed and is right, where it had come wrong before.
 
 A header is believed when its model is added, and proved with the rest of its file. If the file came wrong, that may
-have been the header. So once the file is right, the models that show it are composed anew, of what is in the store:
-nothing is asked of anybody.
+have been the header. So once the file is right, its header is held against what its models say is in it, and those that
+say something else are composed anew: all of what is in the store, nothing is asked of anybody.
 """
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 from cakefs.engine.local import read_part
-from cakefs.errors import CakeError, NotFound
-from cakefs.model import ByteRange, Listing, Locator, Manifest, Published, Source, SpanKey, without_query
+from cakefs.errors import CakeError, CorruptData, NotFound
+from cakefs.model import (
+    ByteRange,
+    Listing,
+    Locator,
+    Manifest,
+    Published,
+    Source,
+    SpanKey,
+    TensorInfo,
+    leaves,
+    without_query,
+)
 from cakefs.plan.ranges import tiling
 from cakefs.remotes.base import Sink
 from cakefs.store.store import Store
@@ -20,17 +31,21 @@ from cakefs.store.store import Store
 log = logging.getLogger(__name__)
 
 
-def record_right(store: Store, identity: str) -> None:
-    """An upstream file was hashed, and is what was published. In a thread."""
+def record_right(store: Store, identity: str) -> bool:
+    """An upstream file was hashed, and is what was published. In a thread.
+
+    Returns: False where that is not recorded: what a model says is in it is wrong, and could not be mended.
+    """
     known = store.catalog.verified(identity)
-    if known is not None and not known.ok:
-        read_headers_again(store, identity)  # First: whoever is killed on the way leaves it to the next.
+    if known is not None and not known.ok and not _read_headers_again(store, identity):
+        return False
     store.catalog.set_verified(identity, True, int(time.time()))
+    return True
 
 
-def read_headers_again(store: Store, identity: str) -> None:
-    """Composes the models anew that show a file of which all is here."""
-    made, changed = [], False
+def _read_headers_again(store: Store, identity: str) -> bool:
+    """Before the file counts as right: whoever is killed on the way leaves it to the next."""
+    made, mended, left = [], False, False
     for name, record in store.catalog.models.all().items():
         try:
             head = store.catalog.models.head(record.manifest)
@@ -38,28 +53,57 @@ def read_headers_again(store: Store, identity: str) -> None:
                 continue
             if head.stack or head.substituted:
                 made.append(name)
-            else:
-                changed |= _compose_again(store, store.catalog.models.manifest(record.manifest))
+                continue
+            with store.guard():
+                mended |= _mend(store, record.manifest, identity)
         except CakeError as error:
-            log.error("%s: a file of it had come wrong, and its headers cannot be read again: %s", name, error.message)
-    for name in made if changed else ():
+            log.error("%s: a header had come wrong when it was added; add it again: %s", name, error.message)
+            left |= isinstance(error, NotFound | CorruptData)
+    for name in made if mended else ():
         log.error("%s was made when a header had come wrong: make it again", name)
+    return not left
 
 
-def _compose_again(store: Store, manifest: Manifest) -> bool:
-    """Whether that makes it another."""
-    import trio  # with this, 0.2 s: only for those who need it
+def _mend(store: Store, manifest_id: str, identity: str) -> bool:
+    """Whether there was something to mend. Raises NotFound where another header is needed, and not here."""
+    manifest = store.catalog.models.manifest(manifest_id)
+    files = tuple(map(_published, manifest.sources))
+    alone = _composed(store, manifest, [file for file in files if file.identity == identity][:1])
+    if _said_of(alone, identity) == _said_of(manifest, identity):
+        return False
+    from cakefs.engine.known.shown import Shown, put_model
+
+    anew = _composed(store, manifest, files)
+    if not put_model(store, anew, Shown.of(anew), instead_of=manifest_id):
+        return False  # somebody else made another model of it meanwhile
+    log.error("%s: a header had come wrong when it was added; what is in it is listed anew", manifest.name)
+    return True
+
+
+def _composed(store: Store, manifest: Manifest, files: Sequence[Published]) -> Manifest:
+    """The model with some of its files, out of what is in the store."""
+    import trio  # with the other, 0.2 s: only for those who need it
 
     from cakefs.engine.index import Indexer
 
-    files = tuple(map(_published, manifest.sources))
-    listing = Listing(manifest.origin, manifest.revision, manifest.requested, files, manifest.whole)
+    listing = Listing(manifest.origin, manifest.revision, manifest.requested, tuple(files), manifest.whole)
     indexer = Indexer(store, _Stored(store, {file.url: file.identity for file in files}))
-    with store.guard():
-        added = trio.run(partial(indexer.add, listing, manifest.name, update=True))
-    if added.changed:
-        log.error("%s: a header had come wrong when it was added; what is in it is listed anew", manifest.name)
-    return added.changed
+    return trio.run(partial(indexer.compose, listing, manifest.name))
+
+
+def _said_of(manifest: Manifest, identity: str) -> tuple[set[ByteRange], set[object]]:
+    """What a manifest says is in a file: its pieces, and of tensors name, dtype, shape and place."""
+    sources = manifest.sources
+    spans = {
+        i: ByteRange(s.start, s.stop) for i, s in enumerate(manifest.spans) if sources[s.source].identity == identity
+    }
+
+    def place(tensor: TensorInfo) -> tuple[object, ...]:
+        parts = leaves(tensor.data) if tensor.data is not None else ()
+        return spans.get(tensor.span), *((spans.get(part.span), part.start, part.stop) for part in parts)
+
+    tensors = ((t.name, t.dtype, t.shape, place(t)) for t in manifest.tensors)
+    return set(spans.values()), {tensor for tensor in tensors if any(tensor[3])}
 
 
 def _published(source: Source) -> Published:

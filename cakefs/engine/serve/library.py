@@ -52,6 +52,7 @@ class Library:
         self._open: set[OpenFile] = set()  # with a handle
         self._idle: dict[OpenFile, float] = {}  # without one, since when (monotonic)
         self._handles: Counter[str] = Counter()  # open files, by manifest
+        self._doubted: dict[int, Manifest] = {}  # of which a file failed its SHA-256, by their place in memory
         self._started = time.time()
         self._rates = deque([self._sample()], RATE_LOOKS)
         self.counting = Counting(store.path)
@@ -78,6 +79,7 @@ class Library:
                 if (found := self._store.catalog.refutations()) != refutations:
                     refutations = found
                     self._reading.drop_all()
+                self._ask_for_headers()
             except CakeError as error:  # such as no memory left: what is served goes on
                 log.warning("cannot look what other processes did: %s", error.message)
             self._rates.append(self._sample())
@@ -127,6 +129,7 @@ class Library:
             manifest = self.manifest(manifest_id)
             opened = self._files[key] = OpenFile(self._reading, manifest, file, literals)
             self._reading.fetcher.look(_sources(manifest, file))
+            self._doubt(manifest)
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
         else:
@@ -159,18 +162,31 @@ class Library:
             self._reading.pool.discard(key)
 
     async def refuted(self) -> str:
-        """Once a file failed its SHA-256: its identity.
-
-        What is not shown of it is asked for again: it would never be complete, and a wrong header never be found out.
-        """
         identity = await self._reading.refuted.receive()
         for opened in self._files.values():
             opened.readahead.forget()
-        for manifest in {id(opened.manifest): opened.manifest for opened in self._files.values()}.values():
-            spans = manifest.spans
-            refs = [ref for i in beside_tensors(manifest, identity) for ref in span_chunks(i, 0, spans[i].size)]
-            self._reading.fetcher.want_ahead(manifest, refs, soon=True)
+            self._doubt(opened.manifest)
         return identity
+
+    def _doubt(self, manifest: Manifest) -> None:
+        """Remembers a model of which a file failed its SHA-256. What is not shown of such a file is asked for again: it
+        would never be complete, and a wrong header never be found out."""
+        if any(self._is_refuted(source) for source in manifest.sources):
+            self._doubted[id(manifest)] = manifest
+
+    def _ask_for_headers(self) -> None:
+        for key, manifest in list(self._doubted.items()):
+            refuted = [source.identity for source in manifest.sources if self._is_refuted(source)]
+            if not refuted or len(self._doubted) > MANIFESTS:
+                del self._doubted[key]
+            for span in (span for identity in refuted for span in beside_tensors(manifest, identity)):
+                if not self._store.has(manifest.key(span)):
+                    refs = span_chunks(span, 0, manifest.spans[span].size)
+                    self._reading.fetcher.want_ahead(manifest, refs, soon=True)
+
+    def _is_refuted(self, source: Source) -> bool:
+        known = self._store.catalog.verified(source.identity)
+        return known is not None and not known.ok
 
     def uses(self, manifest_id: str, file: File, identity: str) -> bool:
         manifest = self.manifest(manifest_id)

@@ -112,8 +112,7 @@ def _confirm(store: Store, identity: str, size: int, again: bool, following: Fol
     if actual is None:
         return None
     if actual == expected:
-        record_right(store, identity)
-        return True
+        return True if record_right(store, identity) else None
     store.catalog.set_verified(identity, False, int(time.time()))
     log.error("%s: the bytes do not have the published hash; they will be fetched again", identity)
     store.catalog.distances.forget(identity)

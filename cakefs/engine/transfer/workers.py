@@ -28,6 +28,7 @@ RESTART_DELAY_LIMIT_S = 10.0
 KNOWN_LIMIT = 4096  # Upstream files; a process remembers the way to about as many.
 SILENT_S = 30.0  # Without a report or a beat a process hangs, as one that is stopped, or waits for a disk that is gone;
 GRACE_S = 2 * BEAT_S  # but whoever was stopped together with it needs a moment.
+KILL_S = 5.0
 CLOSE_TIMEOUT_S = 15.0  # A worker seals what is complete before it goes; then it is killed.
 
 
@@ -40,6 +41,7 @@ class WorkerProcess:
 
     Attributes:
         knows: Upstream files that it was sent to before: where their bytes are costs it no round trip any more.
+        hung: The last one was ended because it hung: not of what it had to do, but say of a lock of the store.
     """
 
     def __init__(
@@ -55,7 +57,7 @@ class WorkerProcess:
         self.jobs: dict[int, FetchJob] = {}
         self.knows: set[str] = set()
         self.pid: int | None = None
-        self.alive = False
+        self.alive = self.hung = False
 
     def use(self, settings: Settings) -> None:
         self._settings = settings
@@ -98,7 +100,7 @@ class WorkerProcess:
         except OSError as error:  # no descriptor or memory left: later, perhaps
             log.warning("cannot start a transfer process: %s", error)
             return False
-        self.pid, self.alive = process.pid, True
+        self.pid, self.alive, self.hung = process.pid, True, False
         assert process.stdin is not None and process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
         useful = False
@@ -123,6 +125,7 @@ class WorkerProcess:
                             useful = True
                             self._on_report(self, report)
                 if data is None:
+                    self.hung = True
                     log.warning("a transfer process hangs (pid %s), and is ended", self.pid)
                     process.kill()
                 nursery.cancel_scope.cancel()
@@ -150,5 +153,6 @@ async def _end(process: trio.Process) -> None:
             await process.wait()
         if process.returncode is None:
             process.kill()
-            await process.wait()
+            with trio.move_on_after(KILL_S):  # One that waits for a disk that is gone cannot be killed either.
+                await process.wait()
         await process.stdout.aclose()
