@@ -57,7 +57,9 @@ def _read_headers_again(store: Store, identity: str) -> bool:
             with store.guard():
                 mended |= _mend(store, record.manifest, identity)
         except CakeError as error:
-            log.error("%s: a header had come wrong when it was added; add it again: %s", name, error.message)
+            log.error(
+                "%s: a file had come wrong; what is in it cannot be read again, add it anew: %s", name, error.message
+            )
             left |= isinstance(error, NotFound | CorruptData)
     for name in made if mended else ():
         log.error("%s was made when a header had come wrong: make it again", name)
@@ -71,9 +73,12 @@ def _mend(store: Store, manifest_id: str, identity: str) -> bool:
     alone = _composed(store, manifest, [file for file in files if file.identity == identity][:1])
     if _said_of(alone, identity) == _said_of(manifest, identity):
         return False
+    from cakefs.engine.known.naming import same_model
     from cakefs.engine.known.shown import Shown, put_model
 
     anew = _composed(store, manifest, files)
+    if same_model(manifest, anew):
+        return False  # read alone it says less, such as a shard without its index
     if not put_model(store, anew, Shown.of(anew), instead_of=manifest_id):
         return False  # somebody else made another model of it meanwhile
     log.error("%s: a header had come wrong when it was added; what is in it is listed anew", manifest.name)
