@@ -4,8 +4,10 @@ then the model is what it would have been."""
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from cakefs.model import CHUNK, SpanKey
 from cakefs.store.store import Store
@@ -14,6 +16,7 @@ from tests.hub import Hub
 from tests.models import CONFIG, sharded, single, tensor
 from tests.mounts import UPSTREAM, Cakefs, needs_fuse
 
+SHARD = "model-00001-of-00002.safetensors"
 AGAIN = "a header had come wrong when it was added|had come wrong: make it again"
 
 
@@ -28,16 +31,20 @@ def misread(hub: Hub, path: str, data: bytes, right: bytes, wrong: bytes) -> Non
     hub.fault("corrupt", path, after=at + place, flips=flips)
 
 
+def add_with_a_misread_shard(hub: Hub, directory: Path, tensors: dict[str, NDArray[np.float32]]) -> Cakefs:
+    files = sharded(tensors, 2)
+    hub.add_repo("org/m", {**files, "config.json": CONFIG})
+    misread(hub, f"org/m/{SHARD}", files[SHARD], b'"F32"', b'"I32"')
+    cakefs = cakefs_in(directory, hub)
+    cakefs.run("add", "org/m")
+    return cakefs
+
+
 @needs_fuse
 def test_a_merged_file_becomes_right_by_reading_it(hub: Hub, tmp_path: Path) -> None:
     """Without a pull: its own header is nothing that is read, and yet fetched again once its file was refuted."""
     tensors = {f"l{i}": tensor(i, CHUNK // 4 + 1000) for i in range(4)}
-    files = sharded(tensors, 2)
-    shard = "model-00001-of-00002.safetensors"
-    hub.add_repo("org/m", {**files, "config.json": CONFIG})
-    misread(hub, f"org/m/{shard}", files[shard], b'"F32"', b'"I32"')
-    cakefs = cakefs_in(tmp_path, hub)
-    cakefs.run("add", "org/m")
+    cakefs = add_with_a_misread_shard(hub, tmp_path, tensors)
     with cakefs.mounted() as path:
         merged = path / "org/m/model.safetensors"
         assert merged.read_bytes() != single(tensors), "not to be known before"
@@ -50,15 +57,10 @@ def test_a_merged_file_becomes_right_by_reading_it(hub: Hub, tmp_path: Path) -> 
 @pytest.mark.parametrize("way", ["mount", "pull"])
 def test_who_ended_before_the_header_came_again_leaves_that_to_the_next(hub: Hub, tmp_path: Path, way: str) -> None:
     tensors = {f"l{i}": tensor(i, 1000) for i in range(4)}
-    files = sharded(tensors, 2)
-    shard = "model-00001-of-00002.safetensors"
-    hub.add_repo("org/m", {**files, "config.json": CONFIG})
-    misread(hub, f"org/m/{shard}", files[shard], b'"F32"', b'"I32"')
-    cakefs = cakefs_in(tmp_path, hub)
-    cakefs.run("add", "org/m")
+    cakefs = add_with_a_misread_shard(hub, tmp_path, tensors)
     with Store.open(cakefs.store) as store:
         manifest = store.catalog.models.manifest(store.catalog.models.all()["org/m"].manifest)
-        (source,) = [source for source in manifest.sources if source.path == shard]
+        (source,) = [source for source in manifest.sources if source.path == SHARD]
         store.catalog.set_verified(source.identity, False, 0)
         for start, stop in store.catalog.spans(source.identity):
             store.drop_span(SpanKey(source.identity, start, stop))

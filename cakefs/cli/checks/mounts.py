@@ -40,9 +40,8 @@ def _check_mount(root: Path, mount: Mount, answer: int | None) -> Check:
     if answer:
         return Check(name, False, f"fails: {os.strerror(answer)}", clear)
     if lost := _lost_store(read_status(mount.point)):
-        return Check(
-            name, False, f"alive, but its store {lost}", f"cakefs umount {quote(mount.point)}, then mount it again"
-        )
+        fix = f"cakefs umount {quote(mount.point)}, then mount it again"
+        return Check(name, False, f"alive, but its store {lost}", fix)
     setting = f"sys/class/bdi/{mount.device}/read_ahead_kb"
     found = text_of(root / setting).strip()
     if found.isdecimal() and int(found) < READ_AHEAD_KIB:

@@ -52,7 +52,7 @@ class Library:
         self._open: set[OpenFile] = set()  # with a handle
         self._idle: dict[OpenFile, float] = {}  # without one, since when (monotonic)
         self._handles: Counter[str] = Counter()  # open files, by manifest
-        self._doubted: dict[int, Manifest] = {}  # of which a file failed its SHA-256, by their place in memory
+        self._doubted: dict[int, Manifest] = {}  # of which a file may have failed its SHA-256, by their place in memory
         self._started = time.time()
         self._rates = deque([self._sample()], RATE_LOOKS)
         self.counting = Counting(store.path)
@@ -129,7 +129,7 @@ class Library:
             manifest = self.manifest(manifest_id)
             opened = self._files[key] = OpenFile(self._reading, manifest, file, literals)
             self._reading.fetcher.look(_sources(manifest, file))
-            self._doubt(manifest)
+            self._doubted[id(manifest)] = manifest
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
         else:
@@ -165,16 +165,12 @@ class Library:
         identity = await self._reading.refuted.receive()
         for opened in self._files.values():
             opened.readahead.forget()
-            self._doubt(opened.manifest)
+            self._doubted[id(opened.manifest)] = opened.manifest
         return identity
 
-    def _doubt(self, manifest: Manifest) -> None:
-        """Remembers a model of which a file failed its SHA-256. What is not shown of such a file is asked for again: it
-        would never be complete, and a wrong header never be found out."""
-        if any(self._is_refuted(source) for source in manifest.sources):
-            self._doubted[id(manifest)] = manifest
-
     def _ask_for_headers(self) -> None:
+        """Wants what is not shown of files that failed their SHA-256: else they would never be complete, and a wrong
+        header never be found out. The other models need not be looked at again."""
         for key, manifest in list(self._doubted.items()):
             refuted = [source.identity for source in manifest.sources if self._is_refuted(source)]
             if not refuted or len(self._doubted) > MANIFESTS:
