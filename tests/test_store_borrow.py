@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cakefs.buffers import page_aligned
 from cakefs.errors import CorruptData
 from cakefs.model import CHUNK, INLINE_LIMIT, ByteRange, SpanKey
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.content import Content, Outcome
 from cakefs.store.foreign import SETTLED_S, stamp_of
-from cakefs.store.hashes import DigestHasher, chunk_sum
+from cakefs.store.hashes import DigestHasher, chunk_count, chunk_sum
 from cakefs.store.scan import Piece, identities_of, scan
 from cakefs.store.store import Store
 
@@ -63,6 +64,20 @@ def test_spans_at_odd_offsets(store: Store, tmp_path: Path) -> None:
         )
     assert list(store.blobs.files()) == [] and store.usage().blob_bytes == 33, "only the 33 bytes are our own"
     assert Borrowing(store).bytes() == len(data) - 33
+
+
+@pytest.mark.parametrize("start", [0, 1, 4095, 4096, 5000])
+def test_reads_past_the_cache_at_odd_offsets(store: Store, tmp_path: Path, start: int) -> None:
+    data = noise(3 * CHUNK + 333)
+    (tmp_path / "file").write_bytes(data)
+    (key,) = lend(store, tmp_path / "file", (start, len(data)))
+    content = store.content(key)
+    assert content is not None and content.aligned is (start % 4096 == 0)
+    for first, last in ((0, 3), (1, 2), (2, chunk_count(key.size))):
+        buffer = page_aligned((last - first + (not content.aligned)) * CHUNK)
+        assert content.read_direct(buffer, first, last) == data[start:][first * CHUNK : last * CHUNK]
+    rewritten(tmp_path / "file")
+    assert content.read_direct(page_aligned(2 * CHUNK), 0, 1) is None
 
 
 @settings(max_examples=40)

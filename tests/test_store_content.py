@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cakefs.buffers import page_aligned
 from cakefs.errors import CorruptData
 from cakefs.model import CHUNK, SpanKey
-from cakefs.store import Content, Outcome, Store, content
+from cakefs.store import Content, Outcome, Store, content, files
 from tests.store_child import MAP_SIZE, THREE, blob_path, chunks, data, flip, key, write
 
 SPAN = key("three", len(THREE))
@@ -66,16 +67,54 @@ def test_serves_what_was_written(store: Store, sealed: bool, wait: bool) -> None
         read(source, 0, 1)
 
 
-def test_what_is_in_memory_is_not_announced(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tells_what_is_in_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     write(store, "three", THREE)
     store.seal([SPAN])
     source = opened(store)
-    announced: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, start, size, advice: announced.append((start, size)))
-    source.willneed(0, CHUNK)
-    monkeypatch.setattr(os, "preadv", refused(errno.EAGAIN))
-    source.willneed(0, CHUNK)
-    assert announced == [(0, CHUNK)]
+    assert source.in_memory(0, CHUNK) is True
+    monkeypatch.setattr(files, "_CACHESTAT_NUMBER", -1)  # as before Linux 6.5
+    assert source.in_memory(0, CHUNK) is True
+    for code, known in ((errno.EAGAIN, False), (errno.EOPNOTSUPP, None)):
+        monkeypatch.setattr(os, "preadv", refused(code))
+        assert source.in_memory(0, CHUNK) is known
+    assert source.in_memory(CHUNK, CHUNK) is True
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+@pytest.mark.parametrize("known", [True, False])
+def test_reads_past_the_cache(store: Store, monkeypatch: pytest.MonkeyPatch, sealed: bool, known: bool) -> None:
+    write(store, "three", THREE)
+    if sealed:
+        store.seal([SPAN])
+    if not known:
+        open_file = os.open
+
+        def refuse_direct(path: str, flags: int, mode: int = 0o777) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "a file system that knows no other way")
+            return open_file(path, flags, mode)
+
+        monkeypatch.setattr(os, "open", refuse_direct)
+    source, buffer = opened(store), page_aligned(3 * CHUNK)
+    for first, last in ((0, 3), (1, 3), (0, 1), (2, 3)):
+        buffer[:] = bytes(len(buffer))
+        assert source.read_direct(buffer, first, last) == THREE[first * CHUNK : last * CHUNK]
+
+
+def test_does_not_read_past_the_cache_what_is_missing_or_wrong(store: Store) -> None:
+    for i in (0, 2):
+        store.write_chunk(SPAN, i, chunks(THREE)[i])
+    source, buffer = opened(store), page_aligned(3 * CHUNK)
+    assert source.read_direct(buffer, 0, 2) is None
+    assert source.read_direct(buffer, 2, 3) == THREE[2 * CHUNK :]
+    write(store, "three", THREE)
+    store.seal([SPAN])
+    flip(blob_path(store, SPAN), CHUNK + 5)
+    source = opened(store)
+    assert source.read_direct(buffer, 1, 2) is None
+    assert source.read_direct(buffer, 0, 1) == THREE[:CHUNK]
+    assert source.missing(0, len(THREE)) == [], "nobody asked for it yet"
+    assert read(source, CHUNK, 5) is Outcome.MISSING
 
 
 def refused(code: int) -> Callable[..., int]:

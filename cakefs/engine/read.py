@@ -43,6 +43,7 @@ class FileReader:
         self._pool = file.reading.pool
         self._counters = file.reading.counters
         self._file = file
+        self._staged = file.staged
         self._on_close = on_close
         self._hot: Hot | None = None
         self.size = file.layout.size
@@ -57,13 +58,12 @@ class FileReader:
             if offset >= self.size:
                 return memoryview(b"")
             hot = self._hot = self._heat(offset)
-        if hot and offset + size <= hot[1]:
+        if hot and offset + size <= hot[1] and not self._staged.runs:
             buffer = self._shared.reply.hit(size)
             outcome = hot[3].read_into(buffer, offset - hot[2], wait=False)
         else:
             size = min(size, self.size - offset)
-            buffer = self._shared.reply.hit(size)
-            outcome = self._fill(buffer, offset)
+            buffer, outcome = self._gathered(offset, size)
         if outcome is not DONE:
             return None
         counters = self._counters
@@ -74,8 +74,6 @@ class FileReader:
             ahead = self._file.readahead.observe(offset, size)
             if ahead is not NOTHING:
                 self._prefetch(ahead)
-            if self._file.announced.cold:
-                self._file.announced.served(offset, offset + size)
         return buffer
 
     async def read(self, offset: int, size: int) -> memoryview:
@@ -95,8 +93,6 @@ class FileReader:
             self._file.readahead.forget()
             raise
         counters.bytes_served += stop - offset
-        if self._file.announced.cold:
-            self._file.announced.served(offset, stop)
         return buffer
 
     def fill(self, buffer: memoryview, prepared: Prepared) -> Outcome:
@@ -148,8 +144,11 @@ class FileReader:
 
     async def _filled(self, offset: int, stop: int) -> memoryview | None:
         """The reply, from a thread where the disk must be waited for; None when something is missing after all."""
-        buffer = self._shared.reply.hit(stop - offset)
-        outcome = self._fill(buffer, offset)
+        if self._staged.runs:
+            for piece in self._file.layout.locate(offset, stop - offset):
+                if piece.kind is Kind.EXTENT:
+                    await self._staged.wait(piece.ref, piece.start, piece.start + piece.size)
+        buffer, outcome = self._gathered(offset, stop - offset)
         if outcome is Outcome.WOULD_BLOCK:
             reply = self._shared.reply
             async with reply.limiter:
@@ -162,14 +161,33 @@ class FileReader:
                     reply.give(owned)
         return buffer if outcome is Outcome.DONE else None
 
-    def _fill(self, buffer: memoryview, offset: int) -> Outcome:
-        """Without waiting for the disk or calculating."""
+    def _gathered(self, offset: int, size: int) -> tuple[memoryview, Outcome]:
+        """The reply, without waiting for the disk or calculating; not copied where all of it is staged at one place."""
+        pieces = self._file.layout.locate(offset, size)
+        if self._staged.runs:
+            extents = [piece for piece in pieces if piece.kind is Kind.EXTENT]
+            if any(self._staged.on_its_way(p.ref, p.start, p.start + p.size) for p in extents):
+                return memoryview(b""), Outcome.WOULD_BLOCK
+            if extents == pieces and len(pieces) == 1:
+                parts = self._staged.get(pieces[0].ref, pieces[0].start, pieces[0].start + size)
+                if parts is not None:
+                    return self._joined(parts, size), Outcome.DONE
+        buffer = self._shared.reply.hit(size)
+        return buffer, self._fill(buffer, pieces)
+
+    def _joined(self, parts: list[memoryview], size: int) -> memoryview:
+        if len(parts) == 1:
+            return parts[0]
+        buffer = self._shared.reply.hit(size)
+        _join(parts, buffer)
+        return buffer
+
+    def _fill(self, buffer: memoryview, pieces: list[Piece]) -> Outcome:
         at = 0
-        for piece in self._file.layout.locate(offset, len(buffer)):
+        for piece in pieces:
             target = buffer if piece.size == len(buffer) else buffer[at : at + piece.size]
             if piece.kind is Kind.EXTENT:
-                content = self._pool.get(self._file.key(piece.ref))
-                outcome = self._fill_stored(content, Stored(piece.ref, piece.start, piece.size), target, wait=False)
+                outcome = self._fill_extent(piece, target)
                 if outcome is not Outcome.DONE:
                     return outcome
             elif piece.kind is Kind.LITERAL:
@@ -179,6 +197,15 @@ class FileReader:
             at += piece.size
         assert at == len(buffer), "the layout has a gap"
         return Outcome.DONE
+
+    def _fill_extent(self, piece: Piece, target: memoryview) -> Outcome:
+        if self._staged.runs:
+            parts = self._staged.get(piece.ref, piece.start, piece.start + piece.size)
+            if parts is not None:
+                _join(parts, target)
+                return Outcome.DONE
+        content = self._pool.get(self._file.key(piece.ref))
+        return self._fill_stored(content, Stored(piece.ref, piece.start, piece.size), target, wait=False)
 
     def _heat(self, offset: int) -> Hot | None:
         """The extent that a byte of the file lies in; None for a byte of no extent, or of one that is not here."""
@@ -245,7 +272,7 @@ class FileReader:
             self._want(ahead.later, soon=False)
 
     def _want(self, ranges: list[ByteRange], *, soon: bool) -> None:
-        """Asks for what is not local, as far as there is capacity to spare; what is, is announced to the kernel."""
+        """Asks for what is not local, as far as there is capacity to spare; what is may be read from the disk ahead."""
         shared, file = self._shared, self._file
         wanted: list[ChunkRef] = []
         for ahead in ranges:
@@ -257,5 +284,12 @@ class FileReader:
         if wanted:
             shared.fetcher.want_ahead(file.manifest, wanted, soon=soon)
         else:
-            file.announced.ask(first(ranges, LOCAL_WINDOW))
+            file.staged.ask(first(ranges, LOCAL_WINDOW))
         file.readahead.local = not wanted
+
+
+def _join(parts: list[memoryview], target: memoryview) -> None:
+    at = 0
+    for part in parts:
+        target[at : at + len(part)] = part
+        at += len(part)

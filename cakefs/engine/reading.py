@@ -1,18 +1,16 @@
 """What the readers of a process share, and what those of one file do: made ready when it is opened."""
 
 import math
-import mmap
 from array import array
-from collections.abc import Container, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import trio
 
-from cakefs.buffers import page_aligned
-from cakefs.engine.announced import Announced, Part
+from cakefs.buffers import huge_pages, page_aligned
 from cakefs.engine.fetch import Fetcher
 from cakefs.engine.local import ContentPool
+from cakefs.engine.staged import Part, Stage, Staged
 from cakefs.model import INLINE_LIMIT, MIB, ByteRange, File, Manifest, SpanKey
 from cakefs.plan.layout import Kind, Layout, Piece, header_segments
 from cakefs.plan.readahead import Readahead
@@ -27,7 +25,7 @@ class Reply:
     """The reply buffers: one for hits, valid until the next read begins; a few for reads that wait in threads."""
 
     def __init__(self) -> None:
-        self._hit = _huge_page()
+        self._hit = huge_pages(2 * REPLY)
         self._free = [page_aligned(REPLY) for _ in range(BLOCKING_READS)]
         self.limiter = trio.CapacityLimiter(BLOCKING_READS)
 
@@ -43,14 +41,6 @@ class Reply:
     def give(self, buffer: memoryview) -> None:
         """Back before the reply is sent: safe, as no other task runs between here and the send."""
         self._free.append(buffer)
-
-
-def _huge_page() -> memoryview:
-    """The kernel looks every 4 KiB of a reply up: in one page of 2 MiB that takes 5 % less of all CPU."""
-    buffer = mmap.mmap(-1, 2 * REPLY)
-    with suppress(OSError):  # a kernel without such pages
-        buffer.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(buffer)
 
 
 class ReadCounters:
@@ -79,6 +69,7 @@ class Reading:
         self.cached = cached
         self.counters = ReadCounters()
         self.reply = Reply()
+        self.stage = Stage()
         self._tell_refuted, self.refuted = trio.open_memory_channel[str](math.inf)
         fetcher.on_refuted = self._drop
 
@@ -117,7 +108,7 @@ class OpenFile:
     def __init__(self, reading: Reading, manifest: Manifest, file: File, literals: list[bytes]) -> None:
         self.reading = reading
         self.manifest = manifest
-        self.announced = Announced(self._parts, cached=reading.cached)
+        self.staged = Staged(reading.stage, self._parts, lambda: reading.pool.epoch, cached=reading.cached)
         self.layout = Layout.of(file)
         self.literals = literals
         self.handles = 0
@@ -156,13 +147,11 @@ class OpenFile:
     def opened(self, piece: Piece) -> Opened:
         return [(stored, self.reading.pool.get(self.key(stored.span))) for stored in self.stored(piece)]
 
-    def _parts(self, wanted: Sequence[ByteRange], among: Container[int] | None) -> list[Part]:
-        """What of the store is there that may be on the disk; of these spans only, where any are named."""
+    def _parts(self, wanted: Sequence[ByteRange]) -> list[Part]:
+        """What of the store is there that may be on the disk."""
         found = []
         for piece in (piece for part in wanted for piece in self.layout.locate(part.start, part.size)):
-            for span, start, size in self.stored(piece):
-                if self.manifest.spans[span].size > INLINE_LIMIT and (among is None or span in among):
-                    content = self.reading.pool.get(self.key(span))
-                    if content is not None:
-                        found.append(Part(span, content, start, start + size))
+            for (span, start, size), content in self.opened(piece):
+                if content is not None and self.manifest.spans[span].size > INLINE_LIMIT:
+                    found.append(Part(span, content, start, start + size, piece.kind is Kind.EXTENT))
         return found

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from cakefs.model import CHUNK
-from cakefs.store.files import Descriptor, read_full, scratch
+from cakefs.store.files import Descriptor, is_in_memory, read_direct, read_full, scratch
 from cakefs.store.hashes import CHUNK_SHIFT, chunk_count, chunk_size, chunk_sum
 from cakefs.store.use import note_use
 
@@ -49,9 +49,11 @@ class Content(ABC):
 
     Attributes:
         gone: The file they were in belongs to somebody else, and is not any more what it was.
+        aligned: In their file they begin where a sector does.
     """
 
     size: int
+    aligned = True
 
     @property
     def gone(self) -> bool:
@@ -79,12 +81,23 @@ class Content(ABC):
         """True when no chunk is missing, as far as is known; costs nothing once it was true."""
 
     @abstractmethod
-    def willneed(self, start: int, stop: int) -> bool:
-        """Asks the kernel to have that byte range in memory soon; False where its end is there already."""
+    def in_memory(self, start: int, stop: int) -> bool | None:
+        """Whether most of that byte range can be had without the disk; None where the file system cannot tell."""
 
     @abstractmethod
-    def wontneed(self, start: int, stop: int) -> None:
-        """Tells the kernel that it need not keep that byte range in memory."""
+    def willneed(self, start: int, stop: int) -> None:
+        """Asks the kernel to have that byte range in memory soon."""
+
+    @abstractmethod
+    def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
+        """Chunks `[first, last)`, checked, from the disk past the kernel's cache where the file system can do that.
+
+        Args:
+            buffer: At the beginning of a page, of `last - first` chunks, one more where this is not `aligned`.
+
+        Returns:
+            A part of the buffer; None where one is missing or cannot be read so: `read_into` finds out why.
+        """
 
     @abstractmethod
     def note_use(self) -> None:
@@ -113,11 +126,14 @@ class InlineContent(Content):
     def complete(self) -> bool:
         return True
 
-    def willneed(self, start: int, stop: int) -> bool:
-        return False
+    def in_memory(self, start: int, stop: int) -> bool:
+        return True
 
-    def wontneed(self, start: int, stop: int) -> None:
+    def willneed(self, start: int, stop: int) -> None:
         pass
+
+    def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
+        return None
 
     def note_use(self) -> None:
         pass  # What is inline is not evicted.
@@ -178,15 +194,29 @@ class FileContent(Content):
             self._complete = 0 not in self._sums[0 : len(self._checked)]
         return self._complete and not self._bad
 
-    def willneed(self, start: int, stop: int) -> bool:
-        fd, place = self._opened().fd, self._base + start
-        if start >= stop or _is_in_memory(fd, self._base + stop - 1):
-            return False
-        os.posix_fadvise(fd, place, stop - start, os.POSIX_FADV_WILLNEED)
-        return True
+    def in_memory(self, start: int, stop: int) -> bool | None:
+        return start >= stop or is_in_memory(self._opened().fd, self._base + start, self._base + stop)
 
-    def wontneed(self, start: int, stop: int) -> None:
-        os.posix_fadvise(self._opened().fd, self._base + start, stop - start, os.POSIX_FADV_DONTNEED)
+    def willneed(self, start: int, stop: int) -> None:
+        os.posix_fadvise(self._opened().fd, self._base + start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
+        start, stop = first << CHUNK_SHIFT, min(last << CHUNK_SHIFT, self.size)
+        data = read_direct(self._opened().fd, buffer, self._base + start, stop - start)
+        if len(data) < stop - start:
+            return None
+        parts = (data[i << CHUNK_SHIFT : (i + 1) << CHUNK_SHIFT] for i in range(last - first))
+        return data if all(map(self._matches, range(first, last), parts)) else None
+
+    def _matches(self, chunk: int, data: memoryview) -> bool:
+        """Whether a whole chunk is what was recorded; not asked again once it was."""
+        if not self._checked[chunk]:
+            (expected,) = self._sums[chunk : chunk + 1]
+            if not expected or chunk_sum(data) != expected:
+                return False
+            self._checked[chunk] = 1
+            self._bad.discard(chunk)
+        return True
 
     def note_use(self) -> None:
         note_use(self._opened())
@@ -273,14 +303,6 @@ class FileContent(Content):
         first, last = offset >> CHUNK_SHIFT, (offset + len(buffer) + _MASK) >> CHUNK_SHIFT
         self._checked[first:last] = bytes(last - first)
         return self._read_by_chunk(buffer, offset, True)
-
-
-def _is_in_memory(fd: int, offset: int) -> bool:
-    """Whether a byte of a file can be had without the disk: a tenth of what it costs to announce 1 MiB in vain."""
-    try:
-        return os.preadv(fd, [bytearray(1)], offset, os.RWF_NOWAIT) == 1
-    except OSError:
-        return False
 
 
 def _check_range(offset: int, size: int, end: int) -> None:

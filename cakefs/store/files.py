@@ -6,6 +6,7 @@ holds them, and exclude threads of one process as well as other processes.
 
 import errno
 import fcntl
+import mmap
 import os
 import struct
 import threading
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 # Concurrent fsyncs share journal commits and cache flushes of the disk; more than this gains nothing (measured).
 SYNC_THREADS = 16
 
+# What offsets, sizes and addresses are multiples of where the kernel's cache is passed by; more than most disks need.
+SECTOR = 4096
+
+_CACHESTAT = struct.Struct("=QQQQQ")  # linux/mman.h: pages in memory, and four more numbers of them
+_CACHESTAT_NUMBER = 451  # on all architectures
 _SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -81,6 +87,41 @@ def read_full(fd: int, buffer: memoryview, offset: int) -> int:
             break
         done += count
     return done
+
+
+def is_in_memory(fd: int, start: int, stop: int) -> bool | None:
+    """Whether most of a byte range can be had without the disk; None where the file system cannot tell."""
+    from ctypes import create_string_buffer  # 10 ms to import: not for those who only look
+
+    found = create_string_buffer(_CACHESTAT.size)
+    if not c_library().syscall(_CACHESTAT_NUMBER, fd, struct.pack("=QQ", start, stop - start), found, 0):
+        (pages, *_) = _CACHESTAT.unpack(found.raw)
+        return bool(pages * mmap.PAGESIZE * 2 >= stop - start)
+    try:  # A kernel before 6.5: its last byte stands for the rest, and is read in if it is not there.
+        return os.preadv(fd, [bytearray(1)], stop - 1, os.RWF_NOWAIT) == 1
+    except OSError as error:
+        return None if error.errno == errno.EOPNOTSUPP else False
+
+
+def read_direct(fd: int, buffer: memoryview, offset: int, size: int) -> memoryview:
+    """Reads `[offset, offset + size)` past the kernel's cache, or through it on a file system that knows no other way.
+
+    Args:
+        buffer: At the beginning of a page, two sectors longer than `size`.
+
+    Returns:
+        The part of `buffer` that they are in; shorter than `size` at the end of the file.
+    """
+    skip = offset % SECTOR
+    sectors = -(-(skip + size) // SECTOR) * SECTOR
+    path = f"/proc/self/fd/{fd}"  # opened anew, as the flag is of the open file, which others read from
+    try:
+        file = open_file(path, os.O_RDONLY | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        file = open_file(path, os.O_RDONLY)
+    return buffer[skip : min(skip + size, read_full(file.fd, buffer[:sectors], offset - skip))]
 
 
 def write_full(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:

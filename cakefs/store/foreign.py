@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cakefs.store.borrowed import Place, Stamp
 from cakefs.store.content import FileContent, Outcome, Sums
-from cakefs.store.files import Descriptor, open_file
+from cakefs.store.files import SECTOR, Descriptor, open_file
 from cakefs.store.hashes import CHUNK_SHIFT
 
 _MASK = (1 << CHUNK_SHIFT) - 1
@@ -80,6 +80,7 @@ class BorrowedContent(FileContent):
     ) -> None:
         super().__init__(lent.file, size, sums, on_bad)
         self._base = lent.place.offset
+        self.aligned = self._base % SECTOR == 0
         self._stamp = lent.place.stamp
         self._on_gone = on_gone
         self._gone = False
@@ -87,6 +88,10 @@ class BorrowedContent(FileContent):
     def read_into(self, buffer: memoryview, offset: int, *, wait: bool) -> Outcome:
         outcome = Outcome.MISSING if self._gone else self._read(buffer, offset, wait)
         return outcome if outcome is not Outcome.DONE or not self.gone else Outcome.MISSING
+
+    def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
+        data = super().read_direct(buffer, first, last)
+        return None if self.gone else data
 
     def missing(self, start: int, stop: int) -> list[int]:
         if not self.gone:

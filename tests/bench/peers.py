@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.bench import data, world
-from tests.bench.local import MODEL, WEIGHTS, ColdRead, local_model
+from tests.bench.local import MODEL, WEIGHTS, ColdRead, blobs_of, local_model
 from tests.bench.measure import Result, cpu_seconds, interleaved, ratio, row, timed
 from tests.bench.readers import read_all, tensors_all
 
@@ -25,12 +25,12 @@ def with_rclone(work: Path, rounds: int) -> Iterator[Result]:
         yield Result("rclone mount / cakefs", ">= 3", None, None, "rclone is not installed (Debian has it)", {})
         return
     native, env = local_model(work)
-    read_all(native)
     with ExitStack() as stack:
         pid = stack.enter_context(world.mounted(env, work / "mnt", "--offline"))
         other_pid = stack.enter_context(world.rclone(str(native.parent), work / "rclone"))
-        ours = ColdRead(work / "mnt" / MODEL / WEIGHTS, pid, read_all)
-        theirs = ColdRead(work / "rclone" / WEIGHTS, other_pid, read_all)
+        behind = [native, *blobs_of(work)]
+        ours = ColdRead(work / "mnt" / MODEL / WEIGHTS, pid, read_all, behind)
+        theirs = ColdRead(work / "rclone" / WEIGHTS, other_pid, read_all, behind)
         size = native.stat().st_size
         samples = interleaved({"rclone": theirs, "cakefs": ours}, rounds, memory=size)
         found = row("read(), cold FUSE cache: rclone mount / cakefs, time", samples, "rclone", "cakefs", 0)

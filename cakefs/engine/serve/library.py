@@ -71,6 +71,7 @@ class Library:
         while True:
             self._close_idle()
             self._reading.pool.discard_gone()
+            self._reading.stage.let_go()
             try:
                 generation = self.generation()
                 if generation != seen or self._held:
@@ -146,7 +147,8 @@ class Library:
             del self._handles[manifest_id]
         opened.handles -= 1
         if not opened.handles:
-            opened.announced.end()
+            opened.staged.end()
+            opened.readahead.forget()  # who comes next may find what was fetched for this one on a cold disk
             self._open.discard(opened)
             self._idle[opened] = time.monotonic()
 
