@@ -1,5 +1,7 @@
 """What is fetched ahead of a reader, from its pattern alone."""
 
+from itertools import accumulate
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -126,13 +128,25 @@ def test_after_a_failure_the_same_may_be_asked_for_again() -> None:
     assert observe(ahead, 5 * TENSOR, 4096) == first
 
 
-@given(st.lists(st.tuples(st.integers(0, SIZE - 1), st.integers(1, MIB)), max_size=60))
-def test_nothing_is_asked_for_twice_or_past_the_end(reads: list[tuple[int, int]]) -> None:
-    ahead = Readahead(STARTS, SIZE)
+LAYOUTS = st.one_of(
+    st.just([*STARTS, SIZE]),
+    *(
+        st.lists(st.integers(1, most), min_size=2, max_size=100).map(lambda sizes: list(accumulate(sizes)))
+        for most in (3 * MIB, KERNEL)
+    ),
+)
+"""Where tensors begin, behind a header, and the size of the file."""
+
+
+@given(LAYOUTS, st.lists(st.tuples(st.integers(0, 999), st.integers(1, MIB)), max_size=60))
+def test_nothing_is_asked_for_twice_or_outside_the_file(layout: list[int], reads: list[tuple[int, int]]) -> None:
+    *starts, end = layout
+    ahead = Readahead(starts, end)
     asked: list[ByteRange] = []
-    for offset, size in reads:
-        for wanted in observe(ahead, offset, min(size, SIZE - offset)):
-            assert 0 <= wanted.start < wanted.stop <= SIZE
+    for part, size in reads:
+        offset = part * end // 1000
+        for wanted in observe(ahead, offset, min(size, end - offset)):
+            assert 0 <= wanted.start < wanted.stop <= end
             assert all(wanted.stop <= a.start or a.stop <= wanted.start for a in asked)
             asked.append(wanted)
 

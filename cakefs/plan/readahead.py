@@ -144,7 +144,7 @@ class Readahead:
         last = min(len(self._starts), first + min(HEADS, FIRST_HEADS << 2 * min(self._heads - 2, 15)))
         ends = [*self._starts[first + 1 : last + 1], self._size][: last - first]
         starts = self._starts[first:last]
-        heads = [ByteRange(s - AROUND, min(s + CHUNK, e)) for s, e in zip(starts, ends, strict=True)]
+        heads = [ByteRange(max(0, s - AROUND), min(s + CHUNK, e)) for s, e in zip(starts, ends, strict=True)]
         new = subtract(heads, self._asked)
         if new:
             self._asked = coalesce([*self._asked, *new])
