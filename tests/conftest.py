@@ -69,6 +69,7 @@ PROVOKED = {
     "test_resources": "cannot write to .*: Read-only file system",
     "test_store_": _STORE,
     "test_torch_served": _SHOWN,
+    "test_verify": f"{_STORE}|{_UPSTREAM}",
 }
 
 

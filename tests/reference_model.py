@@ -35,6 +35,7 @@ from cakefs.engine.models.sources import parse_source
 from cakefs.engine.read import FileReader
 from cakefs.engine.serve import library
 from cakefs.engine.serve.library import Library
+from cakefs.engine.verify import Verifier
 from cakefs.errors import CakeError, RemoteUnavailable
 from cakefs.model import CHUNK, SpanKey, View
 from cakefs.plan.recipe import ModelRef, Repeat
@@ -399,9 +400,9 @@ class Engine(RuleBasedStateMachine):
     @rule(pick=PICK)
     def repair(self, pick: int) -> None:
         manifest = self.store.catalog.models.manifest(self.store.catalog.models.all()[self._name(pick)].manifest)
-        jobs.verify(self.store, manifest, lambda _: None, repair=True)
+        Verifier(self.store, repair=True).verify(manifest, lambda _: None)
         self._quiet()
-        again = jobs.verify(self.store, manifest, lambda _: None, repair=False)
+        again = Verifier(self.store, repair=False).verify(manifest, lambda _: None)
         assert (again.bad, again.lost) == ([], [])
 
     def _intact(self, name: str) -> set[SpanKey]:
@@ -526,11 +527,11 @@ class Engine(RuleBasedStateMachine):
         self._quiet()
         for name in self.models:
             manifest = self.store.catalog.models.manifest(self.store.catalog.models.all()[name].manifest)
-            jobs.verify(self.store, manifest, lambda _: None, repair=True)
+            Verifier(self.store, repair=True).verify(manifest, lambda _: None)
         for name in self.models:
             self._pull(self.apps[0], name)
             manifest = self.store.catalog.models.manifest(self.store.catalog.models.all()[name].manifest)
-            found = jobs.verify(self.store, manifest, lambda _: None, repair=False)
+            found = Verifier(self.store, repair=False).verify(manifest, lambda _: None)
             assert (found.bad, found.lost) == ([], [])
         self._quiet()
         self._offline()

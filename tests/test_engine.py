@@ -22,6 +22,7 @@ from cakefs.engine.read import FileReader
 from cakefs.engine.serve.library import LET_GO_S, Library
 from cakefs.engine.transfer.flights import Priority
 from cakefs.engine.transfer.messages import BEAT_S
+from cakefs.engine.verify import Verifier
 from cakefs.errors import AccessDenied, InvalidFormat, RemoteChanged, RemoteUnavailable, UserError
 from cakefs.model import CHUNK, View
 from cakefs.plan.requests import ChunkRef
@@ -403,7 +404,7 @@ def test_a_full_store_serves_and_does_not_keep(hub: Hub, tmp_path: Path) -> None
         assert await read_model(app) == published
         assert await read_model(app) == published
         assert app.fetcher.has_unkept
-        assert jobs.verify(app.store, app.model("org/name"), lambda _: None, repair=False).bad == []
+        assert Verifier(app.store, repair=False).verify(app.model("org/name"), lambda _: None).bad == []
 
     try:
         run(hub, store, body, readahead=False)

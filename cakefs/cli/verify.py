@@ -11,7 +11,7 @@ from cakefs.errors import CakeError, CorruptData
 
 if TYPE_CHECKING:
     from cakefs.app import App
-    from cakefs.engine.jobs import Repair
+    from cakefs.engine.verify import Repair, Verifier
     from cakefs.model import Manifest, SpanKey
     from cakefs.store.store import Store
 
@@ -27,21 +27,27 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, out: Out) -> int:
     from cakefs.engine.known import survey
+    from cakefs.engine.verify import Verifier
 
     place = config_of(args).store
     if args.repair:
         _recover(place, out)
-    results, gone = {}, {}
+    results = {}
     views: set[str] = set()  # slices and merges
     with survey.open_store(place) as store:
-        for name in [args.model] if args.model else sorted(store.catalog.models.all()):
-            manifest = survey.find_model(store, name)
-            before = store.catalog.recorded(map(manifest.key, range(len(manifest.spans))))
-            results[name] = _verify(store, manifest, args.repair, out)
-            gone[name] = before - store.catalog.recorded(before)
+        verifier = Verifier(store, repair=args.repair)
+        names = [args.model] if args.model else sorted(store.catalog.models.all())
+        manifests = {name: survey.find_model(store, name) for name in names}
+        before = {
+            name: store.catalog.recorded(map(manifest.key, range(len(manifest.spans))))
+            for name, manifest in manifests.items()
+        }
+        for name, manifest in manifests.items():
+            results[name] = _verify(store, verifier, manifest, out)
             views |= {name} if manifest.stack else set()
             if not args.json:
                 _report(name, results[name], out)
+        gone = {name: keys - store.catalog.recorded(keys) for name, keys in before.items()}
     fetched, failed = _fetch_again(args, gone, out) if args.repair else ({}, 0)
     if args.json:
         out.json({name: result._asdict() | {"fetched_bytes": fetched.get(name, 0)} for name, result in results.items()})
@@ -97,8 +103,7 @@ def _recover(store: Path, out: Out) -> None:
         out.note(line)
 
 
-def _verify(store: "Store", manifest: "Manifest", repair: bool, out: Out) -> "Repair":
-    from cakefs.engine import jobs
+def _verify(store: "Store", verifier: "Verifier", manifest: "Manifest", out: Out) -> "Repair":
     from cakefs.engine.known.shown import Local
 
     done = 0
@@ -111,7 +116,7 @@ def _verify(store: "Store", manifest: "Manifest", repair: bool, out: Out) -> "Re
     local = Local.of_model(store, manifest)
     total = sum(local.size(manifest.key(span)) for span in range(len(manifest.spans)))
     with out.progress(manifest.name, total) as advance:
-        return jobs.verify(store, manifest, progress, repair=repair)
+        return verifier.verify(manifest, progress)
 
 
 def _report(name: str, result: "Repair", out: Out) -> None:

@@ -1,23 +1,19 @@
-"""The long jobs: pull, verify, gc. Each plans over the catalog, then acts, and reports progress to a callback."""
+"""The long jobs: pull and gc. Each plans over the catalog, then acts, and reports progress to a callback."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import trio
 
-from cakefs.buffers import page_aligned
 from cakefs.engine.evict import prepare_room
 from cakefs.engine.fetch import Fetcher
 from cakefs.engine.follow import Followed
 from cakefs.engine.known import claims
 from cakefs.engine.known.survey import missing_chunks
-from cakefs.engine.local import stream
 from cakefs.engine.tasks import open_flat_nursery
-from cakefs.engine.transfer.confirm import confirm_source
 from cakefs.engine.transfer.flights import Pending, Priority
 from cakefs.engine.transfer.quota import left_free
-from cakefs.errors import CorruptData, NotFound, StoreFull
+from cakefs.errors import CorruptData, StoreFull
 from cakefs.model import MIB, File, Literal, Manifest, SpanKey
 from cakefs.plan.choice import file_spans, in_order
 from cakefs.plan.collect import GcPlan, plan_gc
@@ -32,22 +28,6 @@ Progress = Callable[[int], None]
 ROUNDS = 2  # What turns out wrong is fetched once more.
 QUEUED = 8  # Flights queued behind the running ones, so that no connection waits for the planner.
 RATE_BYTES = 16 * MIB  # A transfer that says how fast the line is moves at least this much.
-
-
-class Repair(NamedTuple):
-    """What verify found, in numbers, and one line for each thing that did not hold.
-
-    Attributes:
-        bad: What upstream has: dropped by `repair`, and then fetched again.
-        lost: What only adding the model again brings back: headers that were synthesized.
-    """
-
-    spans: int
-    bytes: int
-    confirmed: int
-    incomplete: int
-    bad: list[str]
-    lost: list[str]
 
 
 async def pull(store: Store, fetcher: Fetcher, manifest: Manifest, files: Sequence[File], progress: Progress) -> int:
@@ -192,66 +172,6 @@ def _confirm(followed: Followed, manifest: Manifest, sources: Iterable[int]) -> 
 def _check_kept(store: Store, fetcher: Fetcher) -> None:
     if fetcher.has_unkept:
         raise StoreFull(f"no room left in {store.path}", hint="cakefs gc")
-
-
-def verify(store: Store, manifest: Manifest, progress: Progress, *, repair: bool) -> Repair:
-    """Reads every stored byte of a model again and confirms every complete upstream file. Runs in a thread.
-
-    Args:
-        repair: Forget what does not hold, so that it counts as missing.
-    """
-    Borrowing(store).forget_lost()  # What is gone there is missing here, not bad.
-    bad: list[str] = []
-    damaged: set[str] = set()
-    buffer = page_aligned(4 * MIB)
-    spans = read = 0
-    for span in range(len(manifest.spans)):
-        key = manifest.key(span)
-        if not key.size or not store.has(key):
-            continue
-        spans += 1
-        try:
-            for piece in stream(store, key, buffer, forget=repair):
-                read += len(piece)
-                progress(len(piece))
-        except CorruptData as error:
-            bad.append(f"{_label(manifest, span)}: {error.message}")
-            damaged.add(key.identity)
-            if repair:
-                store.drop_span(key)
-    confirmed = incomplete = 0
-    for source in manifest.sources:
-        if source.identity in damaged:
-            continue  # What is wrong with it is known; the rest of it need not be dropped.
-        ok = confirm_source(store, source.identity, source.locator.size, again=True)
-        confirmed += ok is True and (bool(source.sha256) or source.identity.startswith("git:"))
-        incomplete += ok is None and bool(source.sha256)
-        if ok is False:
-            bad.append(f"{source.path}: does not have the published SHA-256; it will be fetched again")
-    return Repair(spans, read, confirmed, incomplete, bad, _lost_literals(store, manifest, repair=repair))
-
-
-def _label(manifest: Manifest, span: int) -> str:
-    source = manifest.sources[manifest.spans[span].source]
-    name = next((t.name for t in manifest.tensors if t.span == span), "")
-    return f"{name} in {source.path}" if name else source.path
-
-
-def _lost_literals(store: Store, manifest: Manifest, *, repair: bool) -> list[str]:
-    """Damaged headers, in words; dropped by `repair`, so that the next `add` stores them anew."""
-    lost = {}
-    for file in manifest.files:
-        for segment in file.segments:
-            if isinstance(segment, Literal):
-                try:
-                    store.literal(segment.blob)
-                except (CorruptData, NotFound) as error:
-                    lost[segment.blob] = f"header of {file.path}: {error.message}"
-    if lost and repair:
-        for key, digest in store.catalog.listing():
-            if digest in lost:
-                store.drop_span(key)
-    return list(lost.values())
 
 
 def gc_plan(store: Store) -> GcPlan:

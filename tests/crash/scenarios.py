@@ -13,7 +13,6 @@ from unittest import mock
 import msgspec
 import trio
 
-from cakefs.engine import jobs
 from cakefs.engine.recover import recover
 from cakefs.engine.transfer import worker
 from cakefs.engine.transfer.messages import (
@@ -29,6 +28,7 @@ from cakefs.engine.transfer.messages import (
     frame,
     job_chunks,
 )
+from cakefs.engine.verify import Verifier
 from cakefs.model import ByteRange, Locator, SpanKey
 from cakefs.remotes.http import HttpRemote
 from cakefs.store.store import Store
@@ -185,7 +185,7 @@ def repair(place: Place) -> None:
     """Of `verify --repair` what changes the store here: what is bad is dropped, and then counts as missing."""
     with Store.open(place.store) as store:
         for record in store.catalog.models.all().values():
-            jobs.verify(store, store.catalog.models.manifest(record.manifest), lambda size: None, repair=True)
+            Verifier(store, repair=True).verify(store.catalog.models.manifest(record.manifest), lambda size: None)
 
 
 def break_catalog(place: Place) -> None:

@@ -46,16 +46,24 @@ class Following:
         try:
             while not self.over and going() and (found := self._store.catalog.span_at(self._identity, self._stop)):
                 stop, blob = found
-                digest = self._digest.copy()
-                for piece in stream_blob(self._store, blob, buffer):
+                for _ in self.through(self._stop, stop, blob, stream_blob(self._store, blob, buffer)):
                     if not going():
                         return
-                    digest.update(piece)
-                self._pieces[self._stop, stop] = blob
-                self._digest, self._stop = digest, stop
-                self.over = stop == self._size
         except CakeError:
             self.over = True  # Whoever confirms the file will meet it again, and say so.
+
+    def through(self, start: int, stop: int, blob: str, pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+        """Hands the pieces of a sealed span on; takes it in, once that was all, where it goes on from the last one."""
+        if self.over or start != self._stop:
+            yield from pieces
+            return
+        digest = self._digest.copy()
+        for piece in pieces:
+            digest.update(piece)
+            yield piece
+        self._pieces[start, stop] = blob
+        self._digest, self._stop = digest, stop
+        self.over = stop == self._size
 
     def rest(self, spans: Mapping[tuple[int, int], str]) -> "_Rest | None":
         """What is left to be hashed; None where these spans, with their blobs, are not what was hashed so far."""
@@ -84,14 +92,22 @@ def confirm_source(
     Returns:
         True or False for a file that was hashed; None when it is incomplete, has no published hash, or needs none.
     """
-    if identity.partition(":")[0] not in ("sha256", "git") or _all_of_it(store, identity, size, again) is None:
+    if _all_of_it(store, identity, size, again) is None:
         return None
     with store.confirming(identity):
         return _confirm(store, identity, size, again, following)
 
 
+def complete(store: Store, identity: str, size: int) -> list[SpanKey]:
+    """The spans, one behind the other, of a file that is all here and has a published hash; none of another one."""
+    whole = _all_of_it(store, identity, size, again=True)
+    return [SpanKey(identity, *piece) for piece in whole.pieces] if whole else []
+
+
 def _all_of_it(store: Store, identity: str, size: int, again: bool) -> _Rest | None:
     """What is to be hashed; None when that cannot or need not be done."""
+    if identity.partition(":")[0] not in ("sha256", "git"):
+        return None
     known = store.catalog.verified(identity)
     if known is not None and known.ok and not again:
         return None
