@@ -1,9 +1,12 @@
 """What a reader of a cold disk comes to next is staged: the bytes are right whoever reads, and in memory once."""
 
+import errno
 import os
 import random
+import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ from cakefs.config import Config
 from cakefs.engine import staged
 from cakefs.engine.models.sources import parse_source
 from cakefs.engine.read import FileReader
-from cakefs.engine.staged import RUN, SLOTS, Part, Stage, Staged
+from cakefs.engine.staged import RUN, SLOTS, THREADS, Part, Stage, Staged
 from cakefs.model import CHUNK, MIB, ByteRange, View
 from cakefs.store import content
 from cakefs.store.content import InlineContent
@@ -58,12 +61,12 @@ class Reader:
     def __init__(self, content: Disk, stage: Stage | None = None, *, cached: bool = True, whole: bool = True) -> None:
         self.epoch = 0
         self.stage = stage or Stage()
-        parts = lambda ranges: [Part(0, content, *r, whole) for r in ranges]  # noqa: E731
+        parts = lambda ranges: [Part(0, content, *r, r.start, whole) for r in ranges]  # noqa: E731
         self.staged = Staged(self.stage, parts, lambda: self.epoch, cached=cached)
 
-    def ask(self, first: int, last: int) -> None:
+    def ask(self, first: int, last: int) -> list[ByteRange]:
         """For whole chunks."""
-        self.staged.ask([ByteRange(first * CHUNK, last * CHUNK)])
+        return self.staged.ask([ByteRange(first * CHUNK, last * CHUNK)])
 
     async def get(self, start: int, stop: int) -> bytes | None:
         """The bytes; None when they are not staged."""
@@ -122,35 +125,183 @@ def test_what_cannot_be_read_so_is_left_to_others() -> None:
     run(body)
 
 
-def test_no_more_is_staged_than_there_is_room_for_and_all_of_it_is_given_back() -> None:
+def test_who_asks_gets_half_of_the_room_and_is_told_what_is_left() -> None:
     async def body() -> None:
-        disk, stage = Disk(3 * SLOTS), Stage()
-        one, other = Reader(disk, stage), Reader(disk, stage)
-        one.ask(0, 3 * SLOTS)
+        disk, stage = Disk(2 * SLOTS), Stage()
+        readers = [Reader(disk, stage) for _ in range(3)]
+        got = []
+        for reader in readers:
+            (refused,) = reader.ask(0, 2 * SLOTS)
+            assert refused.stop == 2 * SLOTS * CHUNK
+            got.append(refused.start // CHUNK)
+        assert got == [SLOTS // 2, SLOTS // 4, SLOTS // 8]
+        for reader, chunks in zip(readers, got, strict=True):
+            assert await reader.chunks(0, chunks + 1) == [*range(chunks), None]
+        assert free(stage)
+
+    run(body)
+
+
+def free(stage: Stage) -> bool:
+    """Whether nothing is staged; then it is not usable any more."""
+    stage.settle()
+    return stage.take(staged.SLOTS) is not None
+
+
+async def soon_free(stage: Stage) -> bool:
+    for _ in range(500):
+        if free(stage):
+            return True
+        await trio.sleep(0.01)
+    return False
+
+
+def test_readers_that_ask_for_the_same_are_given_it_once() -> None:
+    """Cached, what was given out is not come for again, however often it was asked for."""
+
+    async def body() -> None:
+        reader = Reader(Disk(12))
+        for first in (0, 2, 1, 3, 0):
+            reader.ask(first, first + 9)
+        assert await reader.chunks(0, 12) == [*range(12)]
+        assert free(reader.stage)
+
+    run(body)
+
+
+def test_what_was_asked_for_in_part_is_over_with_that_part() -> None:
+    async def body() -> None:
+        reader = Reader(Disk(4))
+        reader.staged.ask([ByteRange(CHUNK // 2, 3 * CHUNK)])
+        reader.staged.ask([ByteRange(3 * CHUNK, 4 * CHUNK - 7)])
+        assert await reader.get(CHUNK // 2, 4 * CHUNK - 7) is not None
+        assert free(reader.stage)
+
+    run(body)
+
+
+def test_small_parts_are_left_to_the_kernel() -> None:
+    async def body() -> None:
+        disk = Disk(4)
+        reader = Reader(disk)
+        reader.staged.ask([ByteRange(CHUNK, CHUNK + 16 * 1024)])
+        assert eventually(lambda: disk.advised == 16 * 1024)
+        assert not reader.staged.runs
+
+    run(body)
+
+
+def test_who_lets_go_in_between_finds_nothing_and_leaves_nothing() -> None:
+    async def body() -> None:
+        reader = Reader(Disk(8))
+        reader.ask(0, 8)
+        reader.staged.end()  # on their way
+        assert await reader.chunks(0, 8) == [None] * 8
+        reader.ask(0, 4)
+        await reader.staged.wait(0, 0, 4 * CHUNK)
+        reader.staged.end()  # here
+        assert await soon_free(reader.stage)
+
+    run(body)
+
+
+def test_what_nobody_came_for_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        reader = Reader(Disk(8))
+        reader.ask(0, 8)
+        await reader.staged.wait(0, 0, 8 * CHUNK)
+        reader.stage.let_go()
+        assert await reader.chunks(0, 1) == [0]
+        monkeypatch.setattr(staged, "STALE_S", -1.0)
+        reader.stage.let_go()
+        assert await reader.chunks(1, 8) == [None] * 7
+        assert free(reader.stage)
+
+    run(body)
+
+
+def test_a_disk_that_hangs_holds_nobody_up_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor those of another one, however many threads hang."""
+    monkeypatch.setattr(staged, "PATIENCE_S", 0.2)
+    hangs = threading.Event()
+
+    class Hung(Disk):
+        def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
+            hangs.wait()
+            return super().read_direct(buffer, first, last)
+
+    async def body() -> None:
+        stage = Stage()
+        one, other = Reader(Hung(THREADS * RUN), stage), Reader(Disk(RUN), stage)
+        one.ask(0, RUN)
         other.ask(0, RUN)
-        assert await one.chunks(0, SLOTS + 1) == [*range(SLOTS), None]
+        assert await other.chunks(0, RUN) == [*range(RUN)]
+        one.ask(RUN, THREADS * RUN)
         other.ask(0, RUN)
-        assert await other.chunks(0, RUN) == [*range(RUN)], "there is room again"
+        with trio.fail_after(2):
+            assert await other.chunks(0, 1) == [None]
+            assert await one.chunks(0, 1) == [None]
+        hangs.set()
         for reader in (one, other):
             reader.staged.end()
-        stage.let_go()
-        assert stage.take(SLOTS) is not None
+        assert await soon_free(stage)
+
+    run(body)
+
+
+@pytest.mark.parametrize("lack", ["threads", "memory"])
+def test_without_memory_or_threads_the_kernel_has_to_do(monkeypatch: pytest.MonkeyPatch, lack: str) -> None:
+    def none(*_: object, **__: object) -> None:
+        raise RuntimeError if lack == "threads" else OSError(errno.ENOMEM, "none")
+
+    async def body() -> None:
+        disk = Disk(RUN)
+        reader = Reader(disk)
+        with monkeypatch.context() as patch:
+            if lack == "threads":
+                patch.setattr(trio.lowlevel, "start_thread_soon", none)
+            else:
+                patch.setattr(staged, "huge_pages", none)
+            reader.ask(0, RUN)
+            assert await reader.chunks(0, RUN) == [None] * RUN
+        reader.ask(0, RUN)
+        assert await reader.chunks(0, RUN) == [*range(RUN)]
+
+    run(body)
+
+
+def test_a_content_that_begins_anywhere_has_room_for_its_sectors() -> None:
+    class Odd(Disk):
+        aligned = False
+
+        def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
+            assert len(buffer) == (last - first + 1) * CHUNK
+            return super().read_direct(buffer, first, last)
+
+    async def body() -> None:
+        reader = Reader(Odd(8))
+        reader.ask(0, 8)
+        assert await reader.chunks(0, 8) == [*range(8)]
 
     run(body)
 
 
 def test_who_does_not_come_loses_his_room_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staged, "SLOTS", 2 * RUN)
+
     async def body() -> None:
-        disk, stage = Disk(2 * SLOTS), Stage()
+        disk, stage = Disk(4 * RUN), Stage()
         one, other = Reader(disk, stage), Reader(disk, stage)
-        one.ask(0, SLOTS)
-        assert await one.chunks(0, 1) == [0]
-        other.ask(0, RUN)
-        assert await other.chunks(0, 1) == [None]
+        for first in (0, RUN):
+            assert one.ask(first, first + RUN) == []
+        assert await one.chunks(0, RUN + 1) == [*range(RUN + 1)]
+        assert other.ask(0, RUN) == []
+        assert other.ask(RUN, 2 * RUN) == [ByteRange(RUN * CHUNK, 2 * RUN * CHUNK)]
         monkeypatch.setattr(staged, "STALE_S", 0.0)
-        await trio.sleep(0.001)
-        other.ask(0, RUN)
-        assert await other.chunks(0, RUN) == [*range(RUN)]
+        await other.staged.wait(0, 0, RUN * CHUNK)
+        stage.settle()
+        assert other.ask(RUN, 2 * RUN) == []
+        assert await other.chunks(RUN, 2 * RUN) == [*range(RUN, 2 * RUN)]
 
     run(body)
 
@@ -198,12 +349,12 @@ def test_what_is_out_of_date_is_not_given_out() -> None:
 
 def test_a_second_pass_is_staged_as_the_first() -> None:
     async def body() -> None:
-        reader = Reader(Disk(8))
+        disk = Disk(8)
+        reader = Reader(disk)
         for _ in range(2):
             reader.ask(0, 8)
             assert await reader.chunks(0, 8) == [*range(8)]
-            reader.ask(0, 8)  # Another reader of the file: he who keeps what he has does not come again.
-            assert await reader.chunks(0, 1) == [None], "so he lost it"
+        assert sorted(disk.read) == sorted([*range(8)] * 2)
 
     run(body)
 
@@ -260,20 +411,53 @@ def test_many_readers_of_a_cold_disk_get_the_right_bytes(
     monkeypatch.setattr(Staged, "get", counted)
 
     async def body() -> None:
-        async with open_app(config, serving=True) as app:
-            await read_by_many(app)
-
-    async def read_by_many(app: App) -> None:
-        await app.add(parse_source("org/name", None), "org/name")
-        async with app.library() as library:
+        async with open_app(config) as app:
+            await app.add(parse_source("org/name", None), "org/name")
+            async with app.library() as library:
+                assert await read_file(library, "org/name", WEIGHTS) == published
+        async with open_app(config, serving=True) as app, app.library() as library, trio.open_nursery() as nursery:
             manifest_id = library.names()["org/name"]
             file = library.manifest(manifest_id).shown(View.MODEL)[WEIGHTS]
-            assert await read_file(library, "org/name", WEIGHTS) == published
-            async with trio.open_nursery() as nursery:
-                for turn, step in enumerate((MIB, MIB, 128 * 1024, 300_001)):
-                    reader, dice = library.open(manifest_id, file), random.Random(turn)
-                    nursery.start_soon(all_of, app, reader, published, step, dice)
+            for turn, step in enumerate((MIB, MIB, 128 * 1024, 300_001)):
+                reader, dice = library.open(manifest_id, file), random.Random(turn)
+                nursery.start_soon(all_of, app, reader, published, step, dice)
         assert given > 10
+
+    config = Config(store=tmp_path / "store", mountpoint=tmp_path / "mnt", endpoint=hub.endpoint, workers=1)
+    run(body)
+
+
+def test_what_was_fetched_for_a_file_that_stays_open_is_staged_at_a_later_pass(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = single({f"t{i}": tensor(i, 3 * MIB) for i in range(3)})
+    hub.add_repo("org/name", {"config.json": CONFIG, WEIGHTS: published})
+    genuine, staged_runs = os.preadv, []
+
+    def cold(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            raise BlockingIOError
+        return genuine(fd, buffers, offset, flags)
+
+    def counted(self: Stage, runs: Iterable[staged._Run], read: Callable[..., None] = Stage.read) -> None:
+        staged_runs.extend(runs := list(runs))
+        read(self, runs)
+
+    async def body() -> None:
+        async with open_app(config, serving=True) as app:
+            await app.add(parse_source("org/name", None), "org/name")
+            async with app.library() as library:
+                manifest_id = library.names()["org/name"]
+                keeps_open = library.open(manifest_id, library.manifest(manifest_id).shown(View.MODEL)[WEIGHTS])
+                assert await read_file(library, "org/name", WEIGHTS) == published
+                monkeypatch.setattr(content, "is_in_memory", lambda fd, start, stop: False)
+                monkeypatch.setattr(content, "_preadv", cold)
+                monkeypatch.setattr(Stage, "read", counted)
+                for _ in range(2):
+                    staged_runs.clear()
+                    assert await read_file(library, "org/name", WEIGHTS) == published
+                    assert sum(run.last - run.first for run in staged_runs) * CHUNK > len(published) // 2
+                keeps_open.close()
 
     config = Config(store=tmp_path / "store", mountpoint=tmp_path / "mnt", endpoint=hub.endpoint, workers=1)
     run(body)
@@ -292,8 +476,22 @@ def in_memory(blobs: list[Path]) -> int:
     return found
 
 
+def by_threads(path: Path, threads: int) -> bytes:
+    """All of a file, each thread its part, as transformers does."""
+    part = -(-path.stat().st_size // threads)
+
+    def read(start: int) -> bytes:
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(part)
+
+    with ThreadPoolExecutor(threads) as pool:
+        return b"".join(pool.map(read, range(0, part * threads, part)))
+
+
 @needs_fuse
-def test_a_model_read_from_a_cold_disk_is_in_memory_once(hub: Hub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_model_read_from_a_cold_disk_is_in_memory_once(hub: Hub, tmp_path: Path, threads: int) -> None:
     published = single({f"t{i}": tensor(i, 12 * MIB) for i in range(4)})
     hub.add_repo("org/name", {"config.json": CONFIG, "model.safetensors": published})
     cakefs = Cakefs(tmp_path, hub.endpoint)
@@ -308,7 +506,7 @@ def test_a_model_read_from_a_cold_disk_is_in_memory_once(hub: Hub, tmp_path: Pat
     if in_memory(blobs):
         pytest.skip("this file system does not let go of what is in memory")
     with cakefs.mounted("--offline") as path:
-        assert (path / "org/name/model.safetensors").read_bytes() == published
+        assert by_threads(path / "org/name/model.safetensors", threads) == published
         first = cakefs.status()["mount"]["reads"]
         assert (path / "org/name/model.safetensors").read_bytes() == published
         again = cakefs.status()["mount"]["reads"] - first

@@ -44,6 +44,10 @@ class ContentPool:
         self._open.pop(key, None)
         self.epoch += 1
 
+    def release(self, key: SpanKey) -> None:
+        """Closes what nobody needs now; nothing is out of date."""
+        self._open.pop(key, None)
+
     def is_sealed(self, key: SpanKey) -> bool:
         """Whether all of a span is local, asked without opening it."""
         content = self._open.get(key)
@@ -61,6 +65,7 @@ class ContentPool:
     def discard_source(self, identity: str) -> None:
         for key in [k for k in self._open if k.identity == identity]:
             self.discard(key)
+        self.epoch += 1  # Some may have been read before they were dropped for others.
 
     def close(self) -> None:
         self._open.clear()

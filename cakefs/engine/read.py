@@ -150,6 +150,8 @@ class FileReader:
                     await self._staged.wait(piece.ref, piece.start, piece.start + piece.size)
         buffer, outcome = self._gathered(offset, stop - offset)
         if outcome is Outcome.WOULD_BLOCK:
+            if not self._file.readahead.local:
+                self._file.readahead.forget()  # What was fetched once lies on a cold disk now: it is asked for anew.
             reply = self._shared.reply
             async with reply.limiter:
                 owned = reply.take(stop - offset)
@@ -284,7 +286,7 @@ class FileReader:
         if wanted:
             shared.fetcher.want_ahead(file.manifest, wanted, soon=soon)
         else:
-            file.staged.ask(first(ranges, LOCAL_WINDOW))
+            file.readahead.take_back(file.staged.ask(first(ranges, LOCAL_WINDOW)))
         file.readahead.local = not wanted
 
 

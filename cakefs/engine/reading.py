@@ -150,8 +150,11 @@ class OpenFile:
     def _parts(self, wanted: Sequence[ByteRange]) -> list[Part]:
         """What of the store is there that may be on the disk."""
         found = []
-        for piece in (piece for part in wanted for piece in self.layout.locate(part.start, part.size)):
-            for (span, start, size), content in self.opened(piece):
-                if content is not None and self.manifest.spans[span].size > INLINE_LIMIT:
-                    found.append(Part(span, content, start, start + size, piece.kind is Kind.EXTENT))
+        for part in wanted:
+            place = part.start
+            for piece in self.layout.locate(part.start, part.size):
+                for (span, start, size), content in self.opened(piece):
+                    if content is not None and self.manifest.spans[span].size > INLINE_LIMIT:
+                        found.append(Part(span, content, start, start + size, place, piece.kind is Kind.EXTENT))
+                place += piece.size
         return found

@@ -19,16 +19,19 @@ from cakefs.buffers import huge_pages
 from cakefs.model import CHUNK, ByteRange
 from cakefs.store.content import Content
 
-SLOTS = 64  # Chunks staged at the same time in a process. One reader is at most LOCAL_WINDOW and a half ahead.
+SLOTS = 128  # Chunks staged at the same time in a process.
 RUN = 4  # Chunks read at once: fewer threads to wake, and most requests of the kernel lie inside.
 THREADS = 8
-STALE_S = 2.0  # For whom nobody came in this time, his buffer goes to another.
+SMALL = CHUNK // 4  # Parts below are left to the kernel: each would take a slot, and a call to open the file.
+STALE_S = 2.0  # For what nobody came in this time, its room goes to something else.
+PATIENCE_S = 2.0  # Who waits for longer reads by himself.
 
 
 class Part(NamedTuple):
     """Bytes `[start, stop)` of a span's content.
 
     Attributes:
+        place: Where they are in the file that is shown.
         whole: They are shown as they are, not calculated with.
     """
 
@@ -36,7 +39,13 @@ class Part(NamedTuple):
     content: Content
     start: int
     stop: int
+    place: int
     whole: bool
+
+    def last(self, size: int) -> ByteRange:
+        """Where its last `size` bytes are in the file."""
+        stop = self.place + self.stop - self.start
+        return ByteRange(stop - size, stop)
 
 
 class Room(NamedTuple):
@@ -51,13 +60,16 @@ class _Run:
     """Chunks `[first, last)` of a span that are staged, or on their way.
 
     Attributes:
+        wanted: Bytes of the span that somebody will most likely come for.
+        given: How many of them were given out.
         data: Their bytes, once they have come.
-        left: Bytes that somebody will most likely come for.
         since: When they came, or were last given out.
         lent: Somebody may still look at them.
     """
 
-    __slots__ = ("arrived", "content", "data", "first", "last", "left", "lent", "owner", "room", "since", "span")
+    __slots__ = (
+        "arrived", "content", "data", "first", "given", "last", "lent", "owner", "room", "since", "span", "wanted"
+    )  # fmt: skip
 
     def __init__(self, owner: "Staged", part: Part, first: int, last: int, room: Room) -> None:
         self.owner = owner
@@ -66,11 +78,23 @@ class _Run:
         self.first = first
         self.last = last
         self.room = room
+        self.wanted = ByteRange(max(part.start, first * CHUNK), min(part.stop, last * CHUNK))
+        self.given = 0
         self.data: memoryview | None = None
-        self.left = min(part.stop, last * CHUNK) - max(part.start, first * CHUNK)
         self.since = 0.0
         self.lent = False
         self.arrived = trio.Event()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody will come any more."""
+        return self.given >= self.wanted.size
+
+    def want(self, start: int, stop: int) -> None:
+        """These bytes, too, as far as they lie here."""
+        start, stop = max(start, self.first * CHUNK), min(stop, self.last * CHUNK)
+        if start < stop:
+            self.wanted = ByteRange(min(start, self.wanted.start), max(stop, self.wanted.stop))
 
     def places(self) -> Iterator[tuple[int, int]]:
         return ((self.span, chunk) for chunk in range(self.first, self.last))
@@ -84,21 +108,28 @@ class Stage:
         self._memory: memoryview | None = None
         self._wanted: deque[_Run] = deque()
         self._threads = 0
+        self._awaited = 0  # runs that have not come yet
         self._here: set[_Run] = set()  # what has come and has its room still
         self._lent: list[_Run] = []
 
     def take(self, slots: int) -> Room | None:
         """Room that nobody uses, or that holds what nobody came for."""
         while (at := self._used.find(bytes(slots))) < 0:
-            now = time.monotonic()
-            stale = next((run for run in self._here if now - run.since > STALE_S and not run.lent), None)
+            stale = next(self._stale(), None)
             if stale is None:
                 return None
             stale.owner.drop(stale)
-        self._used[at : at + slots] = b"\1" * slots
         if self._memory is None:
-            self._memory = huge_pages(SLOTS * CHUNK)
+            try:
+                self._memory = huge_pages(SLOTS * CHUNK)
+            except OSError:
+                return None
+        self._used[at : at + slots] = b"\1" * slots
         return Room(at, at + slots, self._memory[at * CHUNK : (at + slots) * CHUNK])
+
+    def share(self) -> int:
+        """How many slots one who asks may take: half of what is free, so that there is always some for others."""
+        return max(RUN + 1, self._used.count(0) // 2)
 
     def give(self, run: _Run) -> None:
         """The room of what has come is free again, if it was not so already."""
@@ -117,19 +148,23 @@ class Stage:
         while self._lent:
             run = self._lent.pop()
             run.lent = False
-            if run.left <= 0:
+            if run.is_over:
                 run.owner.drop(run)
 
     def let_go(self) -> None:
-        """To be called from time to time: the system has the memory back while nothing is staged."""
+        """To be called from time to time: what nobody came for is dropped, and the system has unused memory back."""
         self.settle()
+        for run in list(self._stale()):
+            run.owner.drop(run)
         if not any(self._used):
             self._memory = None
 
     def read(self, runs: Iterable[_Run]) -> None:
         """Starts to fill them."""
+        before = len(self._wanted)
         self._wanted.extend(runs)
-        while self._threads < min(THREADS, len(self._wanted)):
+        self._awaited += len(self._wanted) - before
+        while self._wanted and self._threads < min(THREADS, self._awaited):  # some may hang
             self._threads += 1
             if not _start(self._work, trio.lowlevel.current_trio_token()):
                 self._threads -= 1
@@ -137,6 +172,10 @@ class Stage:
         if not self._threads:
             while self._wanted:
                 self._arrived(self._wanted.popleft(), None)
+
+    def _stale(self) -> Iterator[_Run]:
+        now = time.monotonic()
+        return (run for run in self._here if now - run.since > STALE_S and not run.lent)
 
     def _work(self, token: trio.lowlevel.TrioToken) -> None:
         """In a thread."""
@@ -154,6 +193,7 @@ class Stage:
         self.read(())  # for those who came between the last look of the thread and this
 
     def _arrived(self, run: _Run, data: memoryview | None) -> None:
+        self._awaited -= 1
         run.data = data
         run.since = time.monotonic()
         self._here.add(run)
@@ -187,21 +227,29 @@ class Staged:
         self._epoch = epoch
         self._as_of = epoch()
         self._cached = cached
-        self._had: set[tuple[int, int]] = set()  # given out: nobody who keeps it comes for it again
         self.runs: dict[tuple[int, int], _Run] = {}
 
-    def ask(self, ahead: Sequence[ByteRange]) -> None:
-        """What of it is not in memory is read ahead, as far as there is room."""
+    def ask(self, ahead: Sequence[ByteRange]) -> list[ByteRange]:
+        """What of it is not in memory is read ahead. Returns: What there is no room for now."""
         self._heed_epoch()
-        new: list[_Run] = []
+        runs: list[_Run] = []
+        advised: list[Part] = []
+        refused: list[ByteRange] = []
+        slots = self._stage.share()
         for part in self._parts(ahead):
-            known = part.content.in_memory(part.start, part.stop)
-            if known is False and self._cached and part.whole:
-                new += self._new_runs(part)
-            elif not known:
-                _start(part.content.willneed, part.start, part.stop)
-        if new:
-            self._stage.read(new)
+            if self._is_staged(part):
+                new, rest = self._new_runs(part, slots)
+                slots -= sum(run.room.last - run.room.first for run in new)
+                runs += new
+                if rest:
+                    refused.append(part.last(rest))
+            elif not part.content.in_memory(part.start, part.stop):
+                advised.append(part)
+        if advised:
+            _start(_advise, advised)
+        if runs:
+            self._stage.read(runs)
+        return refused
 
     def get(self, span: int, start: int, stop: int) -> list[memoryview] | None:
         """The bytes of a span, one piece behind the other, none of them on its way.
@@ -217,8 +265,6 @@ class Staged:
         for key in _keys(span, start, stop):
             run = self.runs.get(key)
             if run is None:
-                if key in self._had:  # Whoever had it lost it: another pass begins.
-                    self._had.clear()
                 return None
             if run not in found[-1:]:
                 found.append(run)
@@ -229,18 +275,20 @@ class Staged:
         return any(run is not None and run.data is None for run in runs)
 
     async def wait(self, span: int, start: int, stop: int) -> None:
-        """Until nothing of it is on its way."""
+        """Until nothing of it is on its way; not for long: disks may hang, and some files be on another one."""
         for key in _keys(span, start, stop):
             run = self.runs.get(key)
             if run is not None:
-                await run.arrived.wait()
+                with trio.move_on_after(PATIENCE_S) as patience:
+                    await run.arrived.wait()
+                if patience.cancelled_caught:
+                    self._forget(run)
 
     def end(self) -> None:
-        """Nobody reads the file any more."""
+        """Nobody reads the file any more, or what was read is out of date."""
         for run in {run for run in self.runs.values() if run.data is not None}:
             self.drop(run)
         self.runs.clear()  # what is on its way is dropped when it comes
-        self._had.clear()
 
     def keeps(self, run: _Run) -> bool:
         return self.runs.get((run.span, run.first)) is run
@@ -256,38 +304,47 @@ class Staged:
             if self.runs.get(key) is run:
                 del self.runs[key]
 
-    def _new_runs(self, part: Part) -> Iterator[_Run]:
-        """For the chunks of a part that are not staged yet."""
-        chunks = range(part.start // CHUNK, -(-part.stop // CHUNK))
-        at = chunks.start
-        while at < chunks.stop:
+    def _is_staged(self, part: Part) -> bool:
+        """Whether what is not in memory of it is to be; else the kernel is told of it."""
+        large = part.stop - part.start >= SMALL
+        return self._cached and part.whole and large and part.content.in_memory(part.start, part.stop) is not None
+
+    def _new_runs(self, part: Part, slots: int) -> tuple[list[_Run], int]:
+        """For the chunks of a part that are not staged yet; and how many bytes, at its end, have no room in that many
+        slots."""
+        new: list[_Run] = []
+        at, end = part.start // CHUNK, -(-part.stop // CHUNK)
+        while at < end:
             run = self.runs.get((part.span, at))
             if run is not None:
-                run.left += max(0, min(part.stop, run.last * CHUNK) - max(part.start, run.first * CHUNK))
+                run.want(part.start, part.stop)
                 at = run.last
                 continue
             stop = at
-            while stop < min(chunks.stop, at + RUN) and not {(part.span, stop)} & (self._had | self.runs.keys()):
+            while stop < min(end, at + RUN) and (part.span, stop) not in self.runs:
                 stop += 1
-            if stop > at:
-                room = self._stage.take(stop - at + (not part.content.aligned))
+            # Each by itself: the kernel may have read a little ahead of the reader, and would go on so for ever.
+            if stop > at and not part.content.in_memory(max(part.start, at * CHUNK), min(part.stop, stop * CHUNK)):
+                needed = stop - at + (not part.content.aligned)
+                room = self._stage.take(needed) if needed <= slots else None
                 if room is None:
-                    return
+                    return new, part.stop - max(part.start, at * CHUNK)
+                slots -= needed
                 run = _Run(self, part, at, stop, room)
                 self.runs |= dict.fromkeys(run.places(), run)
-                yield run
+                new.append(run)
             at = max(stop, at + 1)
+        return new, 0
 
     def _give_out(self, run: _Run, start: int, stop: int) -> memoryview:
         """What a run has of the bytes `[start, stop)` of its span."""
         assert run.data is not None
         base = run.first * CHUNK
         data = run.data[max(start - base, 0) : stop - base]
-        run.left -= len(data)
+        run.given += len(data)
         run.since = time.monotonic()
         self._stage.lend(run)
-        if run.left <= 0:
-            self._had.update(run.places())
+        if run.is_over:
             self._forget(run)
         return data
 
@@ -304,19 +361,21 @@ def _keys(span: int, start: int, stop: int) -> Iterator[tuple[int, int]]:
 def _read(run: _Run) -> memoryview | None:
     try:
         return run.content.read_direct(run.room.buffer, run.first, run.last)
-    except Exception:  # whoever comes for it finds out and says so; until it is told of, he waits
+    except Exception:  # Whoever comes for it finds out, and says so; until he is told, he waits.
         return None
+
+
+def _advise(parts: Iterable[Part]) -> None:
+    """In a thread: making room for pages takes the processor time of reading."""
+    for part in parts:
+        with suppress(OSError, ValueError):  # an advice that is not taken does no harm
+            part.content.willneed(part.start, part.stop)
 
 
 def _start(work: Callable[..., object], *arguments: object) -> bool:
     """In a thread; False if none can be had now."""
     try:
-        trio.lowlevel.start_thread_soon(lambda: _quietly(work, *arguments), lambda outcome: outcome.unwrap())
+        trio.lowlevel.start_thread_soon(lambda: work(*arguments), lambda outcome: outcome.unwrap())
     except RuntimeError:
         return False
     return True
-
-
-def _quietly(work: Callable[..., object], *arguments: object) -> None:
-    with suppress(OSError, ValueError):  # an advice that is not taken does no harm
-        work(*arguments)

@@ -23,7 +23,7 @@ from cakefs.plan.ranges import coalesce, subtract
 RUN_WINDOW = MIB  # Of a run seen for the first time: two reads in a row may be chance.
 FIRST_WINDOW = 8 * MIB  # Of the second head of a walk. Guess: two requests of 4 MiB, 64 ms of a 1 Gbit/s link.
 LAST_WINDOW = 256 * MIB  # 2 s of a 1 Gbit/s link; more only makes a wrong guess dearer.
-LOCAL_WINDOW = 32 * MIB  # Where all is here: how far ahead a cold disk is told of a reader (more gained nothing).
+LOCAL_WINDOW = 32 * MIB  # Where all is here: how far ahead a cold disk is read (more gained nothing).
 HEAD_LIMIT = 64 * MIB  # A first touch wants at most this much of one tensor.
 FIRST_HEADS = 64  # With the second head of a walk. Each step more would be a round trip more.
 HEADS = 256  # Heads wanted at once: 512 MiB at most.
@@ -117,6 +117,12 @@ class Readahead:
         """What was asked for did not come (or went): later observations may ask for it again."""
         self._asked.clear()
         self._until = 0
+
+    def take_back(self, ranges: Sequence[ByteRange]) -> None:
+        """These were not asked for after all: later observations may do so."""
+        if ranges:
+            self._asked = subtract(self._asked, ranges)
+            self._until = 0
 
     def _continued(self, offset: int, stop: int) -> _Stream | None:
         """The stream that this read goes on with, taken out of the table and brought to its end."""

@@ -195,6 +195,8 @@ class FileContent(Content):
         return self._complete and not self._bad
 
     def in_memory(self, start: int, stop: int) -> bool | None:
+        if not self._nowait:  # As overlayfs, which keeps in memory what belongs to the file below.
+            return None
         return start >= stop or is_in_memory(self._opened().fd, self._base + start, self._base + stop)
 
     def willneed(self, start: int, stop: int) -> None:

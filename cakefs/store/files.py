@@ -104,24 +104,23 @@ def is_in_memory(fd: int, start: int, stop: int) -> bool | None:
 
 
 def read_direct(fd: int, buffer: memoryview, offset: int, size: int) -> memoryview:
-    """Reads `[offset, offset + size)` past the kernel's cache, or through it on a file system that knows no other way.
+    """Reads `[offset, offset + size)` past the kernel's cache, or through it where there is no other way.
 
     Args:
-        buffer: At the beginning of a page, two sectors longer than `size`.
+        buffer: At the beginning of a page, and as long as the sectors that the bytes lie in.
 
     Returns:
         The part of `buffer` that they are in; shorter than `size` at the end of the file.
     """
     skip = offset % SECTOR
-    sectors = -(-(skip + size) // SECTOR) * SECTOR
-    path = f"/proc/self/fd/{fd}"  # opened anew, as the flag is of the open file, which others read from
-    try:
-        file = open_file(path, os.O_RDONLY | os.O_DIRECT)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        file = open_file(path, os.O_RDONLY)
-    return buffer[skip : min(skip + size, read_full(file.fd, buffer[:sectors], offset - skip))]
+    sectors = buffer[: -(-(skip + size) // SECTOR) * SECTOR]
+    count = 0
+    with suppress(OSError):
+        file = open_file(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT)  # the flag is of the open file: another one
+        count = os.preadv(file.fd, [sectors], offset - skip)
+    if count < skip + size:
+        count = read_full(fd, sectors, offset - skip)
+    return buffer[skip : min(skip + size, count)]
 
 
 def write_full(fd: int, data: bytes | bytearray | memoryview, offset: int) -> None:

@@ -147,8 +147,6 @@ class Library:
             del self._handles[manifest_id]
         opened.handles -= 1
         if not opened.handles:
-            opened.staged.end()
-            opened.readahead.forget()  # who comes next may find what was fetched for this one on a cold disk
             self._open.discard(opened)
             self._idle[opened] = time.monotonic()
 
@@ -156,12 +154,15 @@ class Library:
         """Closes the contents of files that nobody has had open for a while: what is open cannot be evicted, and keeps
         its room on the disk after it was deleted."""
         now = time.monotonic()
+        for opened in (opened for opened, since in self._idle.items() if now - since >= LET_GO_S):
+            opened.staged.end()
+            opened.readahead.forget()  # who comes next may find what was fetched for this one on a cold disk
         closed = [opened for opened, since in self._idle.items() if now - since >= IDLE_S]
         for opened in closed:
             del self._idle[opened]
         used = {key for opened in (*self._open, *self._idle) for key in opened.wanted_keys()} if closed else set()
         for key in {key for opened in closed for key in opened.wanted_keys()} - used:
-            self._reading.pool.discard(key)
+            self._reading.pool.release(key)
 
     async def refuted(self) -> str:
         identity = await self._reading.refuted.receive()
