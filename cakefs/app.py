@@ -162,7 +162,7 @@ async def open_app(config: Config, *, serving: bool = False) -> AsyncIterator[Ap
             max(logging.WARNING, logging.getLogger().getEffectiveLevel()),
         )
         fetcher = Fetcher(settings, config.workers, offline=config.offline)
-        pool = ContentPool(store, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FD_RESERVE)
+        pool = ContentPool(store, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - FD_RESERVE, cached=serving)
         async with open_flat_nursery() as nursery:
             await nursery.start(fetcher.run)
             try:

@@ -21,7 +21,8 @@ def huge_pages(size: int) -> memoryview:
     instead of 1.6.
     """
     buffer = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer.madvise(mmap.MADV_DONTFORK)  # A child's copy could take the page that a disk is writing to.
-    with suppress(OSError):  # a kernel without them
-        buffer.madvise(mmap.MADV_HUGEPAGE)
+    # Not in a child: its copy could take the page that a disk is writing to.
+    for advice in (mmap.MADV_HUGEPAGE, mmap.MADV_DONTFORK):
+        with suppress(OSError):  # a kernel without it
+            buffer.madvise(advice)
     return memoryview(buffer)[:size]

@@ -21,6 +21,8 @@ from cakefs.errors import StoreFull
 from cakefs.store.borrowed import Stamp
 from cakefs.store.scan import scan as genuine_scan
 from tests import gguf_files as gguf
+from tests.disks import small_disk
+from tests.exporting import needs_root
 from tests.hub import Hub
 from tests.inside import Inside
 from tests.models import CONFIG, llama, sharded, single, tensor
@@ -626,6 +628,31 @@ def test_copies_are_our_own(hub: Hub, cakefs: Cakefs, tmp_path: Path) -> None:
     assert cakefs.json("verify", "org/name")["org/name"]["bad"] == []
     cakefs.run("pull", "org/name")
     assert hub.sent() == 0 and not snapshot.exists()
+
+
+@needs_root
+@pytest.mark.parametrize("first", [True, False])
+def test_copies_from_another_file_system(hub: Hub, cakefs: Cakefs, tmp_path: Path, first: bool) -> None:
+    """Borrowed before, or not: the kernel copies no range from one file system to another."""
+    hub.add_repo("org/name", {"model.safetensors": big()})
+    download(hub, tmp_path / "cache", "org/name")
+    with small_disk(tmp_path / "disk", "64m") as disk:
+        os.chmod(disk, 0o700)
+        elsewhere = {"CAKEFS_STORE": str(disk / "store")}
+        if not first:
+            cakefs.run("import", "hub-cache", **elsewhere)
+        cakefs.run("import", "hub-cache", "--copy", **elsewhere)
+        (model,) = json.loads(cakefs.run("ls", "--json", **elsewhere).stdout)
+        assert model["verified"] and model["borrowed_bytes"] == 0 and model["local_bytes"] > 6 * MIB
+
+
+def test_what_was_borrowed_and_is_lost_is_fetched_again_by_a_repair(hub: Hub, cakefs: Cakefs, tmp_path: Path) -> None:
+    hub.add_repo("org/name", {"model.safetensors": big()})
+    download(hub, tmp_path / "cache", "org/name")
+    cakefs.run("add", "org/name")
+    shutil.rmtree(tmp_path / "cache")
+    assert cakefs.json("verify", "org/name", "--repair")["org/name"]["fetched_bytes"] > 6 * MIB
+    assert cakefs.json("ls")[0]["verified"]
 
 
 @needs_fuse

@@ -90,6 +90,17 @@ def test_its_numbers_are_those_of_ls(cli: Inside, tmp_path: Path) -> None:
     assert "cannot write" in cli("report", "-o", tmp_path / "no/x.html", code=2)
 
 
+def test_what_is_no_file_is_written_to_and_not_replaced(cli: Inside, tmp_path: Path) -> None:
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    for path in (fifo, link):
+        reading = subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE)
+        cli("report", "-o", path)
+        assert reading.communicate(timeout=20)[0].startswith(b"<!doctype html>")
+    assert fifo.is_fifo() and link.is_symlink()
+
+
 def test_one_file_that_needs_nothing_else(cli: Inside, tmp_path: Path) -> None:
     said = cli("report", "-o", tmp_path / "x.html")
     assert said.startswith(f"wrote {tmp_path / 'x.html'}: 4 models, ")

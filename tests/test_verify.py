@@ -82,3 +82,25 @@ def test_what_is_well_kept_and_not_what_was_published_is_found(cli: Inside) -> N
     bad = bad_in(cli, "--repair", code=0)
     assert bad["me/part"] == bad[MODEL] and len(bad[MODEL]) == 1 and bad[MODEL][0].endswith(".safetensors")
     assert cli.told("verify")[MODEL]["confirmed"] == 4
+
+
+def test_what_is_damaged_elsewhere_in_a_file_is_left_to_the_models_that_have_it(cli: Inside) -> None:
+    with Store.open(cli.store) as store:
+        key = only_in_the_model(store)
+        record = store.catalog.find(key)
+        assert record is not None
+        flip(store.blobs.path(record.digest), 100)
+    assert bad_in(cli, "me/part", "--repair", code=0) == {"me/part": []}
+    with Store.open(cli.store) as store:
+        assert store.has(key), "it is not fetched again with the slice, so it is not dropped"
+    bad = bad_in(cli, code=20)
+    assert bad["me/part"] == [] and len(bad[MODEL]) == 1
+    assert bad_in(cli, "--repair", code=0) == bad
+    assert cli.told("verify")[MODEL]["confirmed"] == 4
+
+
+def only_in_the_model(store: Store) -> SpanKey:
+    names = store.catalog.models.all()
+    part, whole = (store.catalog.models.manifest(names[name].manifest) for name in ("me/part", MODEL))
+    shared = {part.key(t.span) for t in part.tensors}
+    return max((key for t in whole.tensors if (key := whole.key(t.span)) not in shared), key=lambda key: key.size)

@@ -50,11 +50,15 @@ def run(args: argparse.Namespace, out: Out) -> int:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step: whoever has the old one open keeps it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    """In one step: whoever has the old one open keeps it. What is no file, such as a device, is written to."""
+    place = path.resolve()
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
+        if place.exists() and not place.is_file():
+            place.write_text(text, encoding="utf-8")
+            return
         beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
+        os.replace(beside, place)
     except OSError as error:
         beside.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from error

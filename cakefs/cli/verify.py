@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cakefs.model import Manifest, SpanKey
     from cakefs.store.store import Store
 
-HELP = "read every stored byte again, and confirm published hashes"
+HELP = "read every byte of complete tensors again, and confirm published hashes"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -35,13 +35,13 @@ def run(args: argparse.Namespace, out: Out) -> int:
     results = {}
     views: set[str] = set()  # slices and merges
     with survey.open_store(place) as store:
-        verifier = Verifier(store, repair=args.repair)
         names = [args.model] if args.model else sorted(store.catalog.models.all())
         manifests = {name: survey.find_model(store, name) for name in names}
         before = {
             name: store.catalog.recorded(map(manifest.key, range(len(manifest.spans))))
             for name, manifest in manifests.items()
         }
+        verifier = Verifier(store, repair=args.repair)  # Forgets what was borrowed and is lost: behind `before`.
         for name, manifest in manifests.items():
             results[name] = _verify(store, verifier, manifest, out)
             views |= {name} if manifest.stack else set()

@@ -15,12 +15,16 @@ class ContentPool:
     What has been checked at its first touch is remembered by the open content, and checked again after it was
     dropped. Dropping closes by reference count, not by call: a thread may still be reading from it.
 
+    Args:
+        cached: Whoever reads keeps what he got: what is read for him from a cold disk is what he asked for and no more.
+
     Attributes:
         epoch: Grows with every discard: a content that was got before may be out of date.
     """
 
-    def __init__(self, store: Store, limit: int) -> None:
+    def __init__(self, store: Store, limit: int, *, cached: bool = False) -> None:
         self._store = store
+        self._cached = cached
         self._limit = limit
         self.epoch = 0
         self._open: OrderedDict[SpanKey, Content] = OrderedDict()
@@ -34,6 +38,8 @@ class ContentPool:
         content = self._store.content(key)
         if content is not None:
             content.note_use()
+            if self._cached:
+                content.expect_jumps()
             self._open[key] = content
             if len(self._open) > self._limit:
                 self._open.popitem(last=False)

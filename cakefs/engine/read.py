@@ -6,6 +6,7 @@ and a dict look-up come before. Everything else is `FileReader.read`.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import trio
@@ -225,6 +226,9 @@ class FileReader:
             outcome = self._fill_stored(content, stored, buffer, wait=True)
             if outcome is not Outcome.DONE:
                 return outcome
+            if content is not None and self._shared.cached and not computed:
+                with suppress(OSError, ValueError):  # an advice that is not taken does no harm
+                    content.wontneed(stored.start, stored.start + stored.size)
         if computed:
             node = self._file.layout.computed[piece.ref]
             target[:] = self._file.compute.evaluate(node, piece.start, piece.start + piece.size, inputs)

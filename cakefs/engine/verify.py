@@ -49,6 +49,7 @@ class Verifier:
         bad: list[str] = []
         spans = size = confirmed = incomplete = 0
         for source, keys in zip(manifest.sources, _by_source(manifest), strict=True):
+            here = bool(complete(self._store, source.identity, source.locator.size))
             ok = self._check(source, keys, progress)
             read = [key for key in keys if key in self._spans]
             spans, size = spans + len(read), size + sum(key.size for key in read)
@@ -57,11 +58,11 @@ class Verifier:
                 wrong.append(f"{source.path}: does not have the published SHA-256; it will be fetched again")
             bad += wrong
             confirmed += ok is True and (bool(source.sha256) or source.identity.startswith("git:"))
-            incomplete += ok is None and not wrong and bool(source.sha256)
+            incomplete += bool(source.sha256) and not here and not wrong
         return Repair(spans, size, confirmed, incomplete, bad, self._lost_literals(manifest))
 
     def _check(self, source: Source, wanted: Collection[SpanKey], progress: Progress) -> bool | None:
-        """Reads what was not read yet: all of a file that is complete, of another one what is wanted.
+        """Reads what is wanted of a file and was not read yet; the rest of it, too, where that proves all of it.
 
         Returns: As `confirm_source`; None, too, for a file of which a byte is known to be wrong.
         """
@@ -69,27 +70,33 @@ class Verifier:
         whole = complete(self._store, identity, size)
         following = Following(self._store, identity, size)
         following.over = not whole
+        sound = True
         for key in {**dict.fromkeys(whole), **dict.fromkeys(sorted(wanted))}:
-            told = progress if key in wanted else _nobody
+            own = key in wanted
+            told = progress if own else _nobody
             if key in self._spans:
                 told(key.size)
+                sound &= not self._spans[key]
             elif self._store.has(key):
-                self._spans[key] = self._read(key, following, told)
-        if any(self._spans.get(key) for key in (*whole, *wanted)):
-            return None  # What is wrong with it is known; the rest of it need not be dropped.
+                wrong = self._read(key, following, told, repair=self._repair and own)
+                sound &= not wrong
+                if own or not wrong:  # What is wrong with others is said and mended with the models that have it.
+                    self._spans[key] = wrong
+        if not sound:
+            return None  # The rest of it need not be dropped.
         if identity not in self._files:
             self._files[identity] = confirm_source(self._store, identity, size, again=True, following=following)
         return self._files[identity]
 
-    def _read(self, key: SpanKey, following: Following, progress: Progress) -> str:
+    def _read(self, key: SpanKey, following: Following, progress: Progress, *, repair: bool) -> str:
         """What is wrong with a span; nothing of a good one."""
         record = self._store.catalog.find(key)
-        pieces = stream(self._store, key, self._buffer, forget=self._repair)
+        pieces = stream(self._store, key, self._buffer, forget=repair)
         try:
             for piece in following.through(key.start, key.stop, record.digest if record else "", pieces):
                 progress(len(piece))
         except CorruptData as error:
-            if self._repair:
+            if repair:
                 self._store.drop_span(key)
             return error.message
         return ""

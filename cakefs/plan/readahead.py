@@ -141,7 +141,7 @@ class Readahead:
         self._remember(_Stream(stream.begin, max(window, stream.window), stop))
         next_head = bisect_left(self._starts, stop)
         tensor_stop = self._starts[next_head] if next_head < len(self._starts) else self._size
-        heads = self._heads_after(head) if self._heads > 1 else []
+        heads = self._heads_after(head) if self._heads > 1 and not self.local else []  # A disk is no round trip away.
         return Ahead(heads, self._ask(stop, max(min(tensor_stop, stop + min(HEAD_LIMIT, self.limit)), stop + window)))
 
     def _heads_after(self, head: int) -> list[ByteRange]:

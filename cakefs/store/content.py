@@ -89,6 +89,14 @@ class Content(ABC):
         """Asks the kernel to have that byte range in memory soon."""
 
     @abstractmethod
+    def wontneed(self, start: int, stop: int) -> None:
+        """Tells the kernel that it need not keep that byte range in memory, and what is before it in its chunk."""
+
+    @abstractmethod
+    def expect_jumps(self) -> None:
+        """Asks the kernel to read what is read and no more."""
+
+    @abstractmethod
     def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
         """Chunks `[first, last)`, checked, from the disk past the kernel's cache where the file system can do that.
 
@@ -130,6 +138,12 @@ class InlineContent(Content):
         return True
 
     def willneed(self, start: int, stop: int) -> None:
+        pass
+
+    def wontneed(self, start: int, stop: int) -> None:
+        pass
+
+    def expect_jumps(self) -> None:
         pass
 
     def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
@@ -201,6 +215,13 @@ class FileContent(Content):
 
     def willneed(self, start: int, stop: int) -> None:
         os.posix_fadvise(self._opened().fd, self._base + start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def wontneed(self, start: int, stop: int) -> None:
+        start -= start & _MASK
+        os.posix_fadvise(self._opened().fd, self._base + start, stop - start, os.POSIX_FADV_DONTNEED)
+
+    def expect_jumps(self) -> None:
+        os.posix_fadvise(self._opened().fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
         start, stop = first << CHUNK_SHIFT, min(last << CHUNK_SHIFT, self.size)

@@ -146,6 +146,27 @@ def same_bytes(one: int, other: int, size: int, one_at: int = 0, other_at: int =
     return True
 
 
+def copy_range(source: int, target: int, size: int, source_at: int, target_at: int) -> int:
+    """Copies bytes between files, sharing blocks where that can be done. Returns: how many; fewer at a file's end."""
+    done = 0
+    try:
+        while done < size and (
+            count := os.copy_file_range(source, target, size - done, source_at + done, target_at + done)
+        ):
+            done += count
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        while done < size:  # From one file system to another, say.
+            buffer = scratch(min(CHUNK, size - done))
+            count = read_full(source, buffer, source_at + done)
+            write_full(target, buffer[:count], target_at + done)
+            done += count
+            if count < len(buffer):
+                break
+    return done
+
+
 def holds_bytes(fd: int, data: bytes | bytearray | memoryview, offset: int) -> bool:
     """True when the file is readable and has these bytes, at most a chunk, at that place."""
     found = scratch(len(data))

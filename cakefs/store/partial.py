@@ -27,7 +27,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cakefs.model import SpanKey
-from cakefs.store.files import Descriptor, open_file, read_full, scratch, start_writing, unlink, write_full
+from cakefs.store.files import (
+    Descriptor,
+    copy_range,
+    open_file,
+    read_full,
+    scratch,
+    start_writing,
+    unlink,
+    write_full,
+)
 from cakefs.store.hashes import CHUNK_SHIFT, chunk_count, chunk_size, chunk_sum
 from cakefs.store.use import claim, note_write
 
@@ -144,12 +153,8 @@ class Partial:
     def copy(self, source: int, offset: int, sums: bytes) -> None:
         """Copies the whole span from a file, sharing its blocks where that can be done; `sums` are of its chunks."""
         self._own_data()
-        done = 0
-        while done < self.size:
-            count = os.copy_file_range(source, self.data.fd, self.size - done, offset + done, done)
-            if not count:
-                return  # cut short meanwhile: incomplete it stays
-            done += count
+        if copy_range(source, self.data.fd, self.size, offset, 0) < self.size:
+            return  # cut short meanwhile: incomplete it stays
         start_writing(self.data.fd)
         note_write(self.data)
         write_full(self._map.fd, sums, len(self._header))
