@@ -49,8 +49,8 @@ class Verifier:
         bad: list[str] = []
         spans = size = confirmed = incomplete = 0
         for source, keys in zip(manifest.sources, _by_source(manifest), strict=True):
-            here = bool(complete(self._store, source.identity, source.locator.size))
-            ok = self._check(source, keys, progress)
+            whole = complete(self._store, source.identity, source.locator.size)
+            ok = self._check(source, whole, keys, progress)
             read = [key for key in keys if key in self._spans]
             spans, size = spans + len(read), size + sum(key.size for key in read)
             wrong = [f"{_label(manifest, keys[key])}: {self._spans[key]}" for key in read if self._spans[key]]
@@ -58,16 +58,20 @@ class Verifier:
                 wrong.append(f"{source.path}: does not have the published SHA-256; it will be fetched again")
             bad += wrong
             confirmed += ok is True and (bool(source.sha256) or source.identity.startswith("git:"))
-            incomplete += bool(source.sha256) and not here and not wrong
+            incomplete += bool(source.sha256) and not whole and not wrong
         return Repair(spans, size, confirmed, incomplete, bad, self._lost_literals(manifest))
 
-    def _check(self, source: Source, wanted: Collection[SpanKey], progress: Progress) -> bool | None:
+    def _check(
+        self, source: Source, whole: list[SpanKey], wanted: Collection[SpanKey], progress: Progress
+    ) -> bool | None:
         """Reads what is wanted of a file and was not read yet; the rest of it, too, where that proves all of it.
+
+        Args:
+            whole: All spans of a file that is complete.
 
         Returns: As `confirm_source`; None, too, for a file of which a byte is known to be wrong.
         """
         identity, size = source.identity, source.locator.size
-        whole = complete(self._store, identity, size)
         following = Following(self._store, identity, size)
         following.over = not whole
         sound = True

@@ -15,6 +15,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from cakefs.model import CHUNK
@@ -221,7 +222,8 @@ class FileContent(Content):
         os.posix_fadvise(self._opened().fd, self._base + start, stop - start, os.POSIX_FADV_DONTNEED)
 
     def expect_jumps(self) -> None:
-        os.posix_fadvise(self._opened().fd, 0, 0, os.POSIX_FADV_RANDOM)
+        with suppress(OSError):  # an advice that is not taken must not keep anybody from reading
+            os.posix_fadvise(self._opened().fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def read_direct(self, buffer: memoryview, first: int, last: int) -> memoryview | None:
         start, stop = first << CHUNK_SHIFT, min(last << CHUNK_SHIFT, self.size)
