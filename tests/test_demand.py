@@ -9,6 +9,7 @@ import trio.testing
 
 from cakefs.engine.serve import demand
 from cakefs.engine.serve.demand import Demand
+from cakefs.engine.transfer.messages import error_of, failure
 from cakefs.errors import AccessDenied, CakeError, NotFound, RemoteUnavailable
 from cakefs.plan.wish import Wish
 
@@ -97,6 +98,8 @@ def test_different_models_are_added_together_but_few_at_once(w: World) -> None:
         (AccessDenied("gated"), demand.REFUSED_S),
         (RemoteUnavailable("down"), demand.UNREACHABLE_S),
         (RemoteUnavailable("busy", retry_after=50), 50),
+        (error_of(failure(0, RemoteUnavailable("busy, says a process", retry_after=50))), 50),
+        (RemoteUnavailable("closed", retry_after=86400), demand.LONGEST_S),
     ],
 )
 def test_a_refusal_is_remembered_briefly_and_said_once(

@@ -1,5 +1,6 @@
 """Borrowed blobs, through the store: bytes in files of somebody else, at any offset, given up before they are wrong."""
 
+import errno
 import os
 import random
 import threading
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakefs.buffers import page_aligned
-from cakefs.errors import CorruptData
+from cakefs.errors import CakeError, CorruptData
 from cakefs.model import CHUNK, INLINE_LIMIT, ByteRange, SpanKey
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.content import Content, Outcome
@@ -211,6 +212,66 @@ def test_all_that_a_file_lent_is_looked_at_at_once(store: Store, tmp_path: Path)
     assert [Path(str(stamp)) for stamp in lost] == paths[:2]
     assert {key.identity for key, _ in store.catalog.listing()} == {"x:c"}
     assert Borrowing(store).bytes() == 10_000
+
+
+def test_a_disk_that_is_away_for_a_while_loses_nothing(store: Store, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_bytes(noise(10_000))
+    (key,) = lend(store, tmp_path / "a" / "file", (0, 10_000), name="x:a")
+    lend(store, tmp_path / "b" / "file", (0, 10_000), name="x:b")
+    (tmp_path / "a").rename(tmp_path / "elsewhere")
+    assert Borrowing(store).lost() == set(), "it is in another file as well"
+    (tmp_path / "b" / "file").unlink()
+    assert len(Borrowing(store).lost()) == 1
+    (tmp_path / "elsewhere").rename(tmp_path / "a")
+    assert read(store.content(key)) == noise(10_000)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_file_that_cannot_be_read_now_is_not_forgotten(
+    store: Store, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, path = noise(2 * CHUNK), tmp_path / "file"
+    path.write_bytes(data)
+    (key,) = lend(store, path, (0, 2 * CHUNK))
+    with monkeypatch.context() as broken:
+        refuse(broken, path, number)
+        assert store.content(key) is None and Borrowing(store).forget_gone() == []
+        assert {r.getMessage() for r in caplog.records} == {f"{path} cannot be read: what is needed of it is fetched"}
+        assert len(Borrowing(store).lost()) == 1
+        assert not store.write_chunk(key, 0, data[:CHUNK])
+        assert read(store.content(key), 0, CHUNK) == data[:CHUNK], "what comes from elsewhere is served"
+    assert read(store.content(key)) == data
+    assert store.write_chunk(key, 1, data[CHUNK:]) is False, "nothing is missing"
+
+
+def test_too_few_descriptors_are_no_fault_of_a_file(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(noise(CHUNK))
+    (key,) = lend(store, path, (0, CHUNK))
+    with monkeypatch.context() as broken:
+        refuse(broken, path, errno.EMFILE)
+        with pytest.raises(CakeError, match="Too many open files"):
+            store.content(key)
+    assert read(store.content(key)) == noise(CHUNK)
+
+
+def refuse(patch: pytest.MonkeyPatch, path: Path, number: int) -> None:
+    """The file can neither be opened nor looked at."""
+
+    def instead(genuine: Callable[..., object]) -> Callable[..., object]:
+        def call(name: object, *arguments: object, **named: object) -> object:
+            if isinstance(name, (str, bytes, os.PathLike)) and os.fsdecode(name) == str(path):
+                raise OSError(number, os.strerror(number))
+            return genuine(name, *arguments, **named)
+
+        return call
+
+    patch.setattr(os, "open", instead(os.open))
+    patch.setattr(os, "stat", instead(os.stat))
 
 
 def test_bytes_that_are_ours_are_not_borrowed(store: Store, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Removing, counting, leases, quarantine, the guard of gc."""
 
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cakefs.model import SpanKey
 from cakefs.store import Store
 from cakefs.store.files import open_file, try_lock
 from tests.store_child import MAP_SIZE, THREE, TWO, blob_path, chunks, data, key, write
@@ -16,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 HOLDER = """
 import sys
 from pathlib import Path
+from cakefs.model import SpanKey
 from cakefs.store import Store
 lease = Store.open(Path(sys.argv[1])).lease()
 lease.hold("sha256:other")
@@ -96,6 +99,32 @@ def test_deletes_only_blobs_that_no_span_names(store: Store) -> None:
     assert [digest for digest, _ in store.blobs.files()] == [digest for digest, _, _ in store.catalog.blobs()]
     assert store.has(key("a", len(TWO)))
     assert store.delete_blobs([]) == 0
+
+
+def test_more_blobs_are_evicted_than_can_be_open(store: Store) -> None:
+    keys = [SpanKey("sha256:many", i * 10_000, (i + 1) * 10_000) for i in range(600)]
+    store.put_spans([(key, i.to_bytes(4, "little") * 2500) for i, key in enumerate(keys)])
+    digests = [digest for _, digest in store.catalog.listing()]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 300, limits[1]))
+    try:
+        for dry_run in (True, False):
+            assert store.evict(digests, dry_run=dry_run) == set(digests)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert store.usage().blob_count == 0 and list(store.blobs.files()) == []
+
+
+def test_what_was_found_of_files_that_no_model_has_is_forgotten(store: Store) -> None:
+    store.put_span(SpanKey("sha256:here", 0, 3), b"abc")
+    for identity in ("sha256:here", "sha256:named", "sha256:gone"):
+        store.catalog.set_verified(identity, False, 1)
+    store.put_span(SpanKey("sha256:gone", 0, 3), b"xyz")
+    store.catalog.forget_spans([SpanKey("sha256:gone", 0, 3)])
+    store.catalog.keep_files(["sha256:here", "sha256:named"])
+    assert store.catalog.verified("sha256:here") and store.catalog.verified("sha256:named")
+    assert store.catalog.verified("sha256:gone") is None
+    assert [key.identity for key, _ in store.catalog.listing()] == ["sha256:here"]
 
 
 def test_usage_and_partials(store: Store) -> None:

@@ -9,6 +9,7 @@ import logging
 import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Container, Iterable, Sequence
+from copy import copy
 
 import msgspec
 import trio
@@ -164,7 +165,7 @@ class Fetcher:
         for pending in pendings:
             if not pending.settled:
                 self._failures.remember(pending.chunk, error)
-        return type(error)(error.message, hint=error.hint)
+        return copy(error)
 
     async def wait_for_room(self, ahead: int) -> None:
         """Waits until at most `ahead` flights are queued behind the running ones."""
@@ -174,10 +175,10 @@ class Fetcher:
 
     async def flush(self) -> None:
         """Waits until everything that arrived is sealed and complete files are confirmed."""
-        for worker, idle in list(self._idle.items()):
+        for worker in self._workers:
             if worker.pid is not None:
                 worker.flush()
-                await idle.wait()
+                await self._idle[worker].wait()
 
     @property
     def limit(self) -> int:

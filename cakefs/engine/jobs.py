@@ -208,9 +208,11 @@ def collect(store: Store) -> GcPlan:
             store.drop_partial(key)
         store.freeing(lambda: store.catalog.models.drop_manifests(plan.manifests))
         store.freeing(lambda: store.catalog.forget_spans(plan.spans))
-        heads = map(store.catalog.models.head, store.catalog.models.manifest_ids())
-        store.catalog.sha256.keep_claims({source.identity for head in heads for source in head.sources})
         store.delete_blobs(list(plan.blobs))
-        Borrowing(store).forget_lost()
+        Borrowing(store).forget_gone()
+        heads = map(store.catalog.models.head, store.catalog.models.manifest_ids())
+        identities = {source.identity for head in heads for source in head.sources}
+        store.catalog.sha256.keep_claims(identities)
+        store.catalog.keep_files(identities)
         store.sweep()
         return plan

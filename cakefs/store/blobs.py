@@ -43,6 +43,7 @@ from cakefs.store.hashes import CHUNK_SHIFT, DIGEST_ALGORITHM, DigestHasher, chu
 from cakefs.store.partial import Partial
 from cakefs.store.use import claim, touch
 
+_EVICT_BATCH = 256  # Each is held open until all are gone.
 _PLACES = 8  # Of one blob; more copies of the same file are of no further use.
 
 
@@ -187,13 +188,16 @@ class Blobs:
 
     def evict(self, digests: Sequence[str], *, dry_run: bool) -> set[str]:
         """Deletes blobs with the spans that name them, except those that a process serves from. Returns: which."""
+        batches = (digests[first:][:_EVICT_BATCH] for first in range(0, len(digests), _EVICT_BATCH))
+        return set().union(*(self._evict(batch, dry_run) for batch in batches))
+
+    def _evict(self, digests: Sequence[str], dry_run: bool) -> set[str]:
         with self.names():
             claimed = {d: file for d in digests if (file := claim(self.path(d))) is not None}
-            if dry_run:
-                return set(claimed)
-            self._catalog.drop_blobs(claimed)
-            for digest in claimed:
-                unlink(self.path(digest))
+            if not dry_run:
+                self._catalog.drop_blobs(claimed)
+                for digest in claimed:
+                    unlink(self.path(digest))
             return set(claimed)
 
     def quarantine(self, key: SpanKey) -> None:

@@ -103,6 +103,19 @@ class Borrowed:
         with self._env.read() as txn:
             return {str(k, "ascii") for k in txn.cursor(self._env.table["borrowed"]).iternext(values=False)}
 
+    def lent_by(self, stamps: Collection[Stamp]) -> tuple[set[str], set[Stamp]]:
+        """The blobs that are in no other file than these, and which of these lend any blob."""
+        files = {_key(stamp): stamp for stamp in stamps}
+        blobs: set[str] = set()
+        lenders: set[Stamp] = set()
+        with self._env.read() as txn:
+            for digest, value in txn.cursor(self._env.table["borrowed"]) if files else ():
+                found = [files.get(key) for key, _ in _PLACE.iter_unpack(value)]
+                lenders.update(filter(None, found))
+                if all(found):
+                    blobs.add(str(digest, "ascii"))
+        return blobs, lenders
+
     def forget(self, stamps: Collection[Stamp], drop_blob: "Callable[[Transaction, bytes], None]") -> set[Stamp]:
         """Forgets files, and with `drop_blob` every blob that is in no other one.
 

@@ -2,13 +2,13 @@
 nothing when such a file is gone.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from cakefs.model import INLINE_LIMIT, MIB, SpanKey
 from cakefs.store.blobs import Candidate
 from cakefs.store.borrowed import Place, Stamp
 from cakefs.store.files import read_full, translated
-from cakefs.store.foreign import exists, open_place, open_stamped, report_gone
+from cakefs.store.foreign import exists, is_gone, open_place, open_stamped, report_gone
 from cakefs.store.partial import Partial
 from cakefs.store.scan import Scan
 from cakefs.store.store import Store
@@ -52,18 +52,23 @@ class Borrowing:
         return copied
 
     def forget_lost(self) -> list[Stamp]:
-        """Looks at all files that lend something: what is gone or has changed counts as missing from now on.
+        """Looks at all files that lend something: what cannot be had of them counts as missing from now on, and is
+        fetched. Returns: Those files."""
+        return self._forget(lambda stamp: not exists(stamp))
 
-        Returns: Those files.
+    def forget_gone(self) -> list[Stamp]:
+        """As `forget_lost`, but not what may be had again: where a disk fails, or a directory may not be searched."""
+        return self._forget(is_gone)
+
+    def lost(self) -> set[str]:
+        """Blobs that are in no file any more, or in none that can be looked at; those files are told to the log.
+
+        Nothing is forgotten: who only looks must not lose what was found of files on a disk that is away for a while.
         """
-        store = self._store
-        lost = [] if store.catalog.readonly else [s for s in store.catalog.borrowed.files() if not exists(s)]
-        if not lost:
-            return []
-        with translated(f"write to {store.path}"), store.blobs.names():
-            lenders = sorted(store.catalog.forget_files(lost))
-        report_gone(*lenders)
-        return lenders
+        borrowed = self._store.catalog.borrowed
+        blobs, lenders = borrowed.lent_by([stamp for stamp in borrowed.files() if not exists(stamp)])
+        report_gone(*sorted(lenders))
+        return blobs
 
     def bytes(self) -> int:
         """Of all that is borrowed."""
@@ -74,6 +79,16 @@ class Borrowing:
         """Of what is borrowed of these spans, each blob once."""
         records = {r.digest: r for r in map(self._store.catalog.find, keys) if r is not None and r.places}
         return sum(record.size for record in records.values())
+
+    def _forget(self, is_lost: Callable[[Stamp], bool]) -> list[Stamp]:
+        store = self._store
+        lost = [] if store.catalog.readonly else [s for s in store.catalog.borrowed.files() if is_lost(s)]
+        if not lost:
+            return []
+        with translated(f"write to {store.path}"), store.blobs.names():
+            lenders = sorted(store.catalog.forget_files(lost))
+        report_gone(*lenders)
+        return lenders
 
     def _copy(self, key: SpanKey) -> int:
         record = self._store.catalog.find(key)

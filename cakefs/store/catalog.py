@@ -247,6 +247,21 @@ class Catalog:
             value = txn.get(_hash(identity), db=self._env.table["verified"])
             return None if value is None else msgspec.msgpack.decode(value, type=Verified)
 
+    def keep_files(self, identities: Iterable[str]) -> None:
+        """Forgets what was found of all other whole upstream files, and the names of those of which nothing is here."""
+        kept = set(map(_hash, identities))
+
+        def work(txn: "Transaction") -> None:
+            table = self._env.table
+            here = {bytes(row[:20]) for row in txn.cursor(table["spans"]).iternext(values=False)}
+            for name, alive in (("verified", kept), ("identities", here)):
+                rows = [bytes(row) for row in txn.cursor(table[name]).iternext(values=False)]
+                for row in rows:
+                    if row not in alive:
+                        txn.delete(row, db=table[name])
+
+        self._env.write(work)
+
     # Within a transaction
 
     def _blob(self, txn: "Transaction", digest: bytes) -> BlobRecord | None:

@@ -5,6 +5,7 @@ change before it changes a byte, so whoever reads first and then finds the stamp
 Nothing here ever opens one for writing.
 """
 
+import errno
 import logging
 import os
 import time
@@ -20,6 +21,9 @@ _MASK = (1 << CHUNK_SHIFT) - 1
 # Within this time of a change another one may get the same time: the clock of file systems ticks every 1 to 10 ms.
 SETTLED_S = 0.05
 
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 _log = logging.getLogger("cakefs.store")
 
 
@@ -31,10 +35,15 @@ class Lent(NamedTuple):
 
 
 def open_stamped(stamp: Stamp) -> Descriptor | None:
-    """The file with this stamp; None when there is none any more."""
+    """The file with this stamp; None when there is none any more, or it cannot be read.
+
+    Raises OSError where that is no fault of the file: there are no descriptors left, say.
+    """
     try:
         file = open_file(os.fsdecode(stamp.path), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)  # it may be a FIFO now
-    except OSError:
+    except OSError as error:
+        if error.errno in _OURS:
+            raise
         return None
     return file if stamp.matches(os.fstat(file.fd)) else None
 
@@ -49,10 +58,19 @@ def open_place(places: Iterable[Place]) -> Lent | None:
 
 
 def exists(stamp: Stamp) -> bool:
+    """False also where that cannot be found out."""
     try:
         return stamp.matches(os.stat(stamp.path))
     except OSError:
         return False
+
+
+def is_gone(stamp: Stamp) -> bool:
+    """Whether it was changed, replaced or deleted; not so where a disk fails, or a directory may not be searched."""
+    try:
+        return not stamp.matches(os.stat(stamp.path))
+    except OSError as error:
+        return error.errno in _GONE
 
 
 def stamp_of(path: str | os.PathLike[str]) -> Stamp:
@@ -134,4 +152,4 @@ class BorrowedContent(FileContent):
 
 def report_gone(*stamps: Stamp) -> None:
     for stamp in stamps:
-        _log.warning("%s is gone or has changed: nothing is borrowed of it any more", stamp)
+        _log.warning("%s is gone or has changed: nothing is borrowed of it", stamp)

@@ -10,7 +10,7 @@ from cakefs.store.blobs import Blobs
 from cakefs.store.catalog import BlobRecord, Catalog
 from cakefs.store.content import Content, FileContent, InlineContent, Outcome
 from cakefs.store.files import read_full, scratch
-from cakefs.store.foreign import BorrowedContent, open_place, report_gone
+from cakefs.store.foreign import BorrowedContent, is_gone, open_place, report_gone
 from cakefs.store.hashes import CHUNK_SHIFT, chunk_size
 from cakefs.store.partial import open_partial
 
@@ -36,8 +36,8 @@ class Lookup:
                     return None
                 self._forget(record)
             partial = self._partial_content(key)
-            # Sealed between the two looks: then there is a record now.
-            if partial is not None or self.record(key) is None:
+            # Sealed between the two looks: then there is another record now.
+            if partial is not None or self._catalog.find(key) in (None, record):
                 return partial
 
     def blob(self, digest: Digest) -> Content | None:
@@ -46,7 +46,7 @@ class Lookup:
         return None if record is None else self._blob_content(SpanKey(digest, 0, record.size), record)
 
     def record(self, key: SpanKey) -> BlobRecord | None:
-        """The record of the span's blob, if that can be used; else the blob is forgotten."""
+        """The record of the span's blob, if that can be used; else the blob is forgotten, unless that may pass."""
         record = self._catalog.find(key)
         if record is None or self._blobs.usable(record):
             return record
@@ -70,8 +70,12 @@ class Lookup:
         return content is not None and content.read_into(scratch(size), at, wait=True) is Outcome.DONE
 
     def _forget(self, record: BlobRecord) -> None:
-        if record.places:
-            report_gone(*(place.stamp for place in record.places))
+        stamps = [place.stamp for place in record.places]
+        if stamps and not all(map(is_gone, stamps)):
+            _log.warning("%s cannot be read: what is needed of it is fetched", " and ".join(map(str, stamps)))
+            return
+        if stamps:
+            report_gone(*stamps)
         else:
             _log.warning("blob %s is gone or damaged as a whole: it will be fetched again", record.digest)
         if not self._catalog.readonly:

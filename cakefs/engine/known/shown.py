@@ -20,6 +20,7 @@ from cakefs.model import File, Literal, Manifest, SpanKey, all_leaves
 from cakefs.plan.derived import own_files
 from cakefs.store.borrowing import Borrowing
 from cakefs.store.models import ModelRecord
+from cakefs.store.partial import local_size
 from cakefs.store.store import Store
 
 T = TypeVar("T")
@@ -38,20 +39,21 @@ class Local:
     """
 
     def __init__(self, store: Store, sealed: Mapping[str, Mapping[Bounds, str]]) -> None:
+        lost = Borrowing(store).lost()
+        if lost:
+            sealed = {i: {b: d for b, d in spans.items() if d not in lost} for i, spans in sealed.items()}
         self.sealed = sealed
         self._started: dict[str, dict[Bounds, int]] = {}
         for key, _ in store.partials():
             if key[1:] not in sealed.get(key.identity, {}):
-                self._started.setdefault(key.identity, {})[key[1:]] = store.local_bytes([key])
+                self._started.setdefault(key.identity, {})[key[1:]] = local_size(store.partial_path, key)
 
     @classmethod
     def of_all(cls, store: Store) -> "Local":
-        Borrowing(store).forget_lost()
         return cls(store, store.catalog.sealed())
 
     @classmethod
     def of_model(cls, store: Store, manifest: Manifest) -> "Local":
-        Borrowing(store).forget_lost()
         return cls(store, {source.identity: store.catalog.spans(source.identity) for source in manifest.sources})
 
     def digest(self, key: SpanKey) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Awaitable, Callable
+from copy import copy
 from typing import NamedTuple
 
 import trio
@@ -16,6 +17,7 @@ FLIGHT_S = 1800.0  # Then it is given up; what the Hub cache has of a model is r
 AT_ONCE = 4  # Processes that add.
 REFUSED_S = 30.0  # No means no for so long,
 UNREACHABLE_S = 5.0  # and an unreachable Hub is asked again after this.
+LONGEST_S = 60.0  # unless it asks for more time, which it gets up to this.
 REMEMBERED = 1000  # Refusals.
 
 
@@ -77,12 +79,12 @@ class Demand:
             log.info("adding %s takes more than %.0f s: it goes on", wish.name, WAIT_S)
             raise RemoteUnavailable(f"{wish.name} is still being added", hint="look again later")
         if flight.error is not None:
-            raise _again(flight.error)
+            raise copy(flight.error)
 
     def _start(self, wish: Wish) -> Flight:
         refusal = self._refused.get(wish.name)
         if refusal is not None and trio.current_time() < refusal.until and refusal.token == self._token():
-            raise _again(refusal.error)
+            raise copy(refusal.error)
         if self._nursery is None:
             raise RemoteUnavailable(f"{wish.name} cannot be added: nothing is served")
         flight = self._flights[wish.name] = Flight()
@@ -116,7 +118,7 @@ class Demand:
         self.refused += 1
         seconds = REFUSED_S
         if isinstance(error, RemoteUnavailable):
-            seconds = max(UNREACHABLE_S, error.retry_after or 0.0)
+            seconds = min(max(UNREACHABLE_S, error.retry_after or 0.0), LONGEST_S)
         before = self._refused.pop(wish.name, None)
         self._refused[wish.name] = Refusal(trio.current_time() + seconds, token, error)
         if len(self._refused) > REMEMBERED:
@@ -124,8 +126,3 @@ class Demand:
         if before is None or before.error.message != error.message:
             hint = f" (hint: {error.hint})" if error.hint and isinstance(error, AccessDenied) else ""
             log.warning("%s is not added on demand: %s%s", wish.name, error.message, hint)
-
-
-def _again(error: CakeError) -> CakeError:
-    """The same error, to be raised in another task."""
-    return type(error)(error.message, hint=error.hint)

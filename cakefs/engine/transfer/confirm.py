@@ -18,6 +18,7 @@ from cakefs.errors import CakeError, CorruptData
 from cakefs.model import MIB, SpanKey
 from cakefs.plan.pullplan import PROVING
 from cakefs.plan.ranges import tiling
+from cakefs.store.borrowing import Borrowing
 from cakefs.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,8 @@ def _all_of_it(store: Store, identity: str, size: int, again: bool) -> _Rest | N
     known = store.catalog.verified(identity)
     if known is not None and known.ok and not again:
         return None
-    pieces = tiling(store.catalog.spans(identity), size)
+    lost = Borrowing(store).lost()
+    pieces = tiling({piece for piece, blob in store.catalog.spans(identity).items() if blob not in lost}, size)
     return _Rest(_hasher(identity.partition(":")[0], size), pieces) if pieces is not None else None
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import OrderedDict
+from copy import copy
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -52,7 +53,7 @@ class Pending:
             with trio.move_on_at(until):
                 await self.event.wait()
         if self.error is not None:
-            raise type(self.error)(self.error.message, hint=self.error.hint)
+            raise copy(self.error)
         return self.settled
 
 

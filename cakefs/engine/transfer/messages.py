@@ -76,6 +76,7 @@ class Failed(Struct, frozen=True, tag=True):
     kind: str
     message: str
     hint: str
+    retry_after: float | None = None
 
 
 class Confirmed(Struct, frozen=True, tag=True):
@@ -163,11 +164,13 @@ class Unframer:
 
 
 def failure(job: int, error: errors.CakeError) -> Failed:
-    return Failed(job, type(error).__name__, error.message, error.hint)
+    return Failed(job, type(error).__name__, error.message, error.hint, getattr(error, "retry_after", None))
 
 
 def error_of(failed: Failed) -> errors.CakeError:
     """The error that `failure` described; an unknown kind reads as RemoteUnavailable."""
     kind = getattr(errors, failed.kind, errors.RemoteUnavailable)
     error: errors.CakeError = kind(failed.message, hint=failed.hint)
+    if isinstance(error, errors.RemoteUnavailable):
+        error.retry_after = failed.retry_after
     return error
