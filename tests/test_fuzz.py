@@ -1,5 +1,6 @@
 """The fuzzers: every seed passes, a short run finds nothing, and a bug that is there is found and kept."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,7 @@ def test_a_bug_is_found_and_its_input_kept(tmp_path: Path, capsys: pytest.Captur
     assert not hunt("index", target, 60, tmp_path / "found")
     (kept,) = (tmp_path / "found").iterdir()
     assert b"map" not in kept.read_bytes()
-    assert f"ZeroDivisionError: integer division or modulo by zero\n  input: {kept}" in capsys.readouterr().err
+    assert re.search(f"ZeroDivisionError: .*by zero\n  input: {re.escape(str(kept))}", capsys.readouterr().err)
 
 
 def test_command_stops_in_time(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from cakefs.model import CHUNK, SpanKey
@@ -15,6 +14,8 @@ from tests.fs_child import eventually
 from tests.hub import Hub
 from tests.models import CONFIG, sharded, single, tensor
 from tests.mounts import UPSTREAM, Cakefs, needs_fuse
+
+torch = pytest.importorskip("torch")
 
 SHARD = "model-00001-of-00002.safetensors"
 AGAIN = "a header had come wrong when it was added|had come wrong: make it again"
